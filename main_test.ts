@@ -1,0 +1,954 @@
+/**
+ * The tests: behaviour, through real sockets, files, processes and a real browser.
+ *
+ * @module
+ */
+
+import { assert, assertEquals, assertMatch } from "@std/assert";
+import { type ChatOptions, startChat } from "./main.ts";
+
+// ───────────────────────────────────────────────── What tests use ─────────────────────────────────────────────────
+
+const PAGE = new URL("./index.html", import.meta.url);
+
+const DEADLINE = 15_000; // ms after which what is waited for never comes
+
+// deno-lint-ignore no-explicit-any
+type Event = any;
+
+/** A client of the chat that is not the page, over a real WebSocket. */
+class Client {
+  /** What was received, as it came. */
+  readonly frames: string[] = [];
+  /** The events in it. */
+  readonly events: Event[] = [];
+  /** How the connection ended, once it did. */
+  closed?: CloseEvent;
+  /** Who says what is said. */
+  username = "Ada";
+  readonly #socket: WebSocket;
+  readonly #looks = new Set<() => void>();
+
+  constructor({ port }: { port: number }, options?: WebSocketOptions) {
+    this.#socket = new WebSocket(`ws://127.0.0.1:${port}/`, options!);
+    this.#socket.onopen = () => this.#look();
+    this.#socket.onmessage = ({ data }) => {
+      this.frames.push(data);
+      for (const line of data.split("\n")) this.events.push(JSON.parse(line));
+      this.#look();
+    };
+    this.#socket.onclose = (event) => {
+      this.closed = event;
+      this.#look();
+    };
+  }
+
+  /** Connects, and joins if there is something to join with. */
+  static async open(chat: { addr: { port: number } }, join?: Event): Promise<Client> {
+    const client = new Client(chat.addr);
+    await client.until(() => client.opened);
+    client.username = join?.username ?? client.username;
+    if (join) await client.ask({ event: "join", ...join }, ({ event }) => event === "joined");
+    return client;
+  }
+
+  get opened(): boolean {
+    return this.#socket.readyState === WebSocket.OPEN;
+  }
+
+  #look(): void {
+    for (const look of this.#looks) look();
+  }
+
+  /** Resolves with what `test` gives, as soon as that is truthy. */
+  until<T>(test: () => T, deadline = DEADLINE): Promise<NonNullable<T>> {
+    const { promise, resolve, reject } = Promise.withResolvers<NonNullable<T>>();
+    const failed = () =>
+      reject(
+        new Error(
+          `never came true: ${test}\n${this.frames.slice(-5).map((frame) => frame.slice(0, 500)).join("\n")}`,
+        ),
+      );
+    const timer = deadline < Infinity ? setTimeout(failed, deadline) : undefined;
+    const look = () => {
+      const result = test();
+      if (result) resolve(result);
+    };
+    this.#looks.add(look);
+    look();
+    return promise.finally(() => {
+      clearTimeout(timer);
+      this.#looks.delete(look);
+    });
+  }
+
+  /** Sends an event, or a frame that is none. */
+  send(event: Event): void {
+    this.#socket.send(typeof event === "string" || ArrayBuffer.isView(event) ? event : JSON.stringify(event));
+  }
+
+  /** Resolves with the next event that is not here yet and that `test` likes. */
+  next(test: (event: Event) => unknown): Promise<Event> {
+    const from = this.events.length;
+    return this.until(() => this.events.slice(from).find(test));
+  }
+
+  /** Sends, and resolves with the first event after that which `test` likes. */
+  ask(event: Event, test: (event: Event) => unknown): Promise<Event> {
+    const answer = this.next(test);
+    this.send(event);
+    return answer;
+  }
+
+  /** Says these, and resolves with the last when it has come back. */
+  async say(...messages: string[]): Promise<Event> {
+    const id = crypto.randomUUID();
+    const last = this.next((event) => event.id === id);
+    for (const [i, message] of messages.entries()) {
+      this.send({ username: this.username, message, id: i < messages.length - 1 ? undefined : id });
+    }
+    return await last;
+  }
+
+  /** The messages that were received; what came before a join was answered comes again after it. */
+  messages(): Event[] {
+    const joined = this.events.findLastIndex(({ event }) => event === "joined");
+    return this.events.slice(joined + 1).filter(({ event }) => event === "receive_message");
+  }
+
+  /** Resolves when the connection has ended, with how. */
+  ended(): Promise<CloseEvent> {
+    return this.until(() => this.closed);
+  }
+
+  async [Symbol.asyncDispose](): Promise<void> {
+    this.#socket.close();
+    await this.ended();
+  }
+}
+
+/** A chat that keeps nothing and logs nothing, on a port of its own. */
+const start = (options: ChatOptions = {}) => startChat({ port: 0, db: ":memory:", log: false, ...options });
+
+const texts = (events: Event[]): string[] => events.map(({ message }) => message);
+const seqs = (events: Event[]): number[] => events.map(({ seq }) => seq);
+const count = (from: number, to: number): number[] =>
+  Array.from({ length: to - from + 1 }, (_, i) => from + i);
+
+/** A file for a database that is gone with the test. */
+async function temporary(): Promise<AsyncDisposable & { db: string }> {
+  const folder = await Deno.makeTempDir();
+  return { db: `${folder}/chat.db`, [Symbol.asyncDispose]: () => Deno.remove(folder, { recursive: true }) };
+}
+
+/** The program itself, in a process of its own. */
+class Program {
+  /** What it printed. */
+  output = "";
+  port = 0;
+  readonly #process: Deno.ChildProcess;
+  readonly #read: Promise<unknown>;
+  #heard = Promise.withResolvers<void>();
+
+  constructor(env: Record<string, string>) {
+    this.#process = new Deno.Command(Deno.execPath(), {
+      args: ["run", "--no-prompt", ...FLAGS, ...DISK, "main.ts"],
+      env: { PORT: "0", CHAT_DB: ":memory:", ...env },
+      stdout: "piped",
+      stderr: "piped",
+    }).spawn();
+    const read = async (stream: ReadableStream<Uint8Array<ArrayBuffer>>) => {
+      for await (const text of stream.pipeThrough(new TextDecoderStream())) {
+        this.output += text;
+        this.#heard.resolve();
+        this.#heard = Promise.withResolvers();
+      }
+    };
+    this.#read = Promise.all([read(this.#process.stdout), read(this.#process.stderr)]);
+  }
+
+  /** Starts the program and resolves when it is open. */
+  static async start(env: Record<string, string> = {}): Promise<Program> {
+    const program = new Program(env);
+    program.port = Number((await program.says(/https?:\/\/\S+:(\d+)\//))[1]);
+    return program;
+  }
+
+  get addr(): { port: number } {
+    return this;
+  }
+
+  /** Resolves when the program has printed this. */
+  async says(pattern: RegExp): Promise<RegExpMatchArray> {
+    const deadline = AbortSignal.timeout(DEADLINE);
+    while (!deadline.aborted) {
+      const match = this.output.match(pattern);
+      if (match) return match;
+      await Promise.race([this.#heard.promise, new Promise((resolve) => deadline.onabort = resolve)]);
+    }
+    throw new Error(`never printed: ${pattern}\n${this.output}`);
+  }
+
+  /** Resolves when it serves. */
+  async answers(): Promise<void> {
+    const deadline = Date.now() + DEADLINE;
+    const healthy = () => fetch(`http://127.0.0.1:${this.port}/healthz`).then((response) => response.text());
+    while (!await healthy().catch(() => "")) assert(Date.now() < deadline, "it never served");
+  }
+
+  /** Resolves with its status, when it has ended by itself. */
+  async ended(): Promise<Deno.CommandStatus> {
+    await this.#read;
+    return await this.#process.status;
+  }
+
+  /** Sends it a signal and resolves with its status, when it has ended. */
+  end(signal: Deno.Signal = "SIGTERM"): Promise<Deno.CommandStatus> {
+    try {
+      this.#process.kill(signal);
+    } catch {
+      // It has ended already.
+    }
+    return this.ended();
+  }
+
+  async [Symbol.asyncDispose](): Promise<void> {
+    await this.end("SIGKILL");
+  }
+}
+
+/** A client that writes its bytes itself, and reads only when it is told to. */
+class Raw {
+  readonly #conn: Deno.TcpConn;
+  #unread = new Uint8Array();
+
+  private constructor(conn: Deno.TcpConn) {
+    this.#conn = conn;
+  }
+
+  /** Connects and sends these lines, or a good handshake. */
+  static async connect(port: number, ...lines: string[]): Promise<Raw> {
+    const raw = new Raw(await Deno.connect({ port }));
+    await raw.bytes(new TextEncoder().encode([...lines, "", ""].join("\r\n")));
+    return raw;
+  }
+
+  /** Connects, with headers besides those of a good handshake, and resolves when that was accepted. */
+  static async open(port: number, ...headers: string[]): Promise<Raw> {
+    const raw = await Raw.connect(port, ...HANDSHAKE, ...headers);
+    assertMatch(await raw.head(), /^HTTP\/1.1 101 /);
+    return raw;
+  }
+
+  async bytes(bytes: Uint8Array): Promise<void> {
+    for (let at = 0; at < bytes.length;) at += await this.#conn.write(bytes.subarray(at));
+  }
+
+  /** Sends a frame: text, final and masked, unless it is to be something else. */
+  frame(
+    payload: string | Uint8Array,
+    { head = 0x81, masked = true, length }: FrameOptions = {},
+  ): Promise<void> {
+    const body = typeof payload === "string" ? new TextEncoder().encode(payload) : payload;
+    const size = length ?? body.length;
+    const start = size < 126 ? [size] : size < 65_536 ? [126, size >> 8, size & 255] : [127, 0, 0, 0, 0];
+    if (size >= 65_536) start.push(size >>> 24, size >> 16 & 255, size >> 8 & 255, size & 255);
+    if (masked) start[0] |= 0x80;
+    // A key of zeros leaves the payload as it is.
+    return this.bytes(new Uint8Array([head, ...start, ...masked ? [0, 0, 0, 0] : [], ...body]));
+  }
+
+  /** Waits for at least so many bytes; false if the connection ended before. */
+  async #read(size: number): Promise<boolean> {
+    const buffer = new Uint8Array(65_536);
+    while (this.#unread.length < size) {
+      const read = await this.#conn.read(buffer).catch(() => null);
+      if (read === null) return false;
+      const joined = new Uint8Array(this.#unread.length + read);
+      joined.set(this.#unread);
+      joined.set(buffer.subarray(0, read), this.#unread.length);
+      this.#unread = joined;
+    }
+    return true;
+  }
+
+  /** The head of an HTTP response. */
+  async head(): Promise<string> {
+    let head = "";
+    while (!head.endsWith("\r\n\r\n") && await this.#read(1)) {
+      head += String.fromCharCode(this.#unread[0]);
+      this.#unread = this.#unread.subarray(1);
+    }
+    return head;
+  }
+
+  /** Reads frames until the connection ends: the texts, and the code of a close frame. */
+  async drain(): Promise<{ frames: string[]; code?: number }> {
+    const frames: string[] = [];
+    let code: number | undefined;
+    while (await this.#read(2)) {
+      const short = this.#unread[1] & 127, start = short === 127 ? 10 : short === 126 ? 4 : 2;
+      if (!await this.#read(start)) break;
+      const view = new DataView(this.#unread.buffer, this.#unread.byteOffset);
+      const size = short === 127 ? Number(view.getBigUint64(2)) : short === 126 ? view.getUint16(2) : short;
+      if (!await this.#read(start + size)) break;
+      const kind = this.#unread[0] & 15, body = this.#unread.subarray(start, start + size);
+      this.#unread = this.#unread.subarray(start + size);
+      if (kind === 1) frames.push(new TextDecoder().decode(body));
+      if (kind === 8) {
+        if (size >= 2) code = body[0] << 8 | body[1];
+        break;
+      }
+    }
+    this.#conn.close();
+    return { frames, code };
+  }
+
+  [Symbol.dispose](): void {
+    try {
+      this.#conn.close();
+    } catch {
+      // It is closed already.
+    }
+  }
+}
+
+interface FrameOptions {
+  /** The first byte: whether it is final, and the opcode. */
+  head?: number;
+  masked?: boolean;
+  /** What the frame says its length is. */
+  length?: number;
+}
+
+const HANDSHAKE = [
+  "GET / HTTP/1.1",
+  "Host: chat.test",
+  "Upgrade: websocket",
+  "Connection: Upgrade",
+  "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",
+  "Sec-WebSocket-Version: 13",
+];
+
+/** A port that nobody listens on. */
+function freePort(): number {
+  using listener = Deno.listen({ port: 0 });
+  return listener.addr.port;
+}
+
+/** The permissions of the start command, and those that a database in a file needs. */
+const FLAGS = JSON.parse(await Deno.readTextFile(new URL("deno.json", import.meta.url)))
+  .tasks.start.command.match(/--allow-\S+/g);
+const DISK = ["--allow-read", "--allow-write"];
+
+// ──────────────────────────────────────────────────── The room ────────────────────────────────────────────────────
+
+Deno.test("two clients see what one of them says", async () => {
+  await using chat = await start();
+  await using ada = await Client.open(chat);
+  await using grace = await Client.open(chat);
+  const before = Date.now();
+  ada.send({ event: "send_message", username: "Ada", message: "Hi", id: "k3jd9" });
+  for (const client of [ada, grace]) {
+    const { time, ...rest } = await client.until(() => client.events[0]);
+    assertEquals(rest, { event: "receive_message", seq: 1, username: "Ada", message: "Hi", id: "k3jd9" });
+    assert(time >= before && time <= Date.now());
+  }
+});
+
+Deno.test("the page comes at /, and nothing else comes elsewhere", async () => {
+  await using chat = await start();
+  const ask = async (path: string, method = "GET") => {
+    const response = await fetch(`http://127.0.0.1:${chat.addr.port}${path}`, { method });
+    return { status: response.status, body: await response.text(), headers: response.headers };
+  };
+  const page = await ask("/");
+  assertEquals([page.status, page.headers.get("content-type")], [200, "text/html; charset=utf-8"]);
+  assertEquals(page.body, await Deno.readTextFile(PAGE));
+  const head = await ask("/", "HEAD");
+  assertEquals([head.status, head.body], [200, ""]);
+  assertEquals([(await ask("/healthz")).status, (await ask("/healthz")).body], [200, "ok\n"]);
+  assertEquals((await ask("/index.html")).status, 404);
+  assertEquals((await ask("/main.ts", "POST")).status, 404);
+  const post = await ask("/", "POST");
+  assertEquals([post.status, post.headers.get("allow")], [405, "GET, HEAD"]);
+});
+
+Deno.test("a plain client gets a message a frame and nothing it did not ask for", async () => {
+  await using chat = await start();
+  await using plain = await Client.open(chat);
+  await using ada = await Client.open(chat, { username: "Ada" });
+  await ada.next(({ event }) => event === "presence");
+  ada.send({ event: "typing" });
+  for (let i = 1; i <= 50; i++) ada.send({ username: "Ada", message: `${i}` });
+  await plain.until(() => plain.messages().length === 50);
+  assertEquals(plain.frames.length, 50);
+  assertEquals(texts(plain.events), count(1, 50).map(String));
+});
+
+Deno.test("what is wrong is refused, to its sender alone, and changes nothing", async () => {
+  await using chat = await start();
+  await using ada = await Client.open(chat, { username: "Ada" });
+  await using grace = await Client.open(chat);
+  const ok = { event: "send_message", username: "Ada", message: "Hi", id: "ok" };
+  const wrong: [Event, RegExp, string?][] = [
+    ["not JSON", /must be JSON/],
+    ["null", /JSON object/],
+    ["[1]", /JSON object/],
+    ["{}", /event must be/],
+    [{ event: "shout" }, /event must be/],
+    [{ event: "__proto__" }, /event must be/],
+    [new Uint8Array(4), /must be text/],
+    [{ ...ok, message: "" }, /message must be 1 to 2000/, "ok"],
+    [{ ...ok, message: " \n\t " }, /message must be 1 to 2000/, "ok"],
+    [{ ...ok, message: "x".repeat(2001) }, /message must be 1 to 2000/, "ok"],
+    [{ ...ok, message: 5 }, /message must be 1 to 2000/, "ok"],
+    [{ ...ok, message: undefined }, /message must be 1 to 2000/, "ok"],
+    [{ ...ok, username: "x".repeat(41) }, /username must be 1 to 40/, "ok"],
+    [{ ...ok, username: "\u200b\u202e\u0000" }, /username must be 1 to 40/, "ok"],
+    [{ ...ok, username: undefined }, /username must be 1 to 40/, "ok"],
+    [{ ...ok, id: "" }, /id must be 1 to 64/],
+    [{ ...ok, id: "x".repeat(65) }, /id must be 1 to 64/],
+    [{ ...ok, id: "a b" }, /id must be 1 to 64/],
+    [{ ...ok, id: 7 }, /id must be 1 to 64/],
+    [{ event: "join", username: " " }, /username must be 1 to 40/],
+    [{ event: "join", username: "Ada", since: 1 }, /since is beyond/],
+    [{ event: "join", username: "Ada", since: -1 }, /since must be a whole number/],
+    [{ event: "join", username: "Ada", since: 0.5 }, /since must be a whole number/],
+    [{ event: "join", username: "Ada", since: "0" }, /since must be a whole number/],
+    [{ event: "history" }, /before must be a whole number/],
+    [{ event: "history", before: "1" }, /before must be a whole number/],
+  ];
+  for (const [frame, reason, id] of wrong) {
+    const error = await ada.ask(frame, ({ event }) => event === "error");
+    assertMatch(error.error, reason);
+    assertEquals(error.id, id);
+  }
+  assertMatch((await grace.ask({ event: "history", before: 1 }, () => true)).error, /join before/);
+  assertMatch((await grace.ask({ event: "typing" }, () => true)).error, /join with a username/);
+  assertEquals((await ada.say("Hi")).seq, 1);
+  await grace.until(() => grace.messages().length === 1);
+  assertEquals(grace.events.length, 3);
+});
+
+Deno.test("a name is cleaned, and a message is kept as it was typed", async () => {
+  await using chat = await start();
+  await using ada = await Client.open(chat);
+  const said = async (username: string, message: string) => {
+    ada.username = username;
+    const { username: name, message: text } = await ada.say(message);
+    return [name, text];
+  };
+  assertEquals(await said(" A\u0000d\u200ba\u202e \n\t Love\u2028lace\u00ad ", "x"), ["Ada Love lace", "x"]);
+  assertEquals(await said("Ada", "\n  a\n\n  b\u202e \u200b"), ["Ada", "a\n\n  b\u202e \u200b"]);
+  assertEquals(await said("Ada", "a\u0000b\ud800c"), ["Ada", "a\ufffdb\ufffdc"]);
+  assertEquals(await said("Ada", '"\\\u2028</script>\u0007'), ["Ada", '"\\\u2028</script>\u0007']);
+  assertEquals(await said("a".repeat(40), "👩‍🚀".repeat(400)), ["a".repeat(40), "👩‍🚀".repeat(400)]);
+  assertEquals(await said("Ada", `  ${"x".repeat(2000)}  `), ["Ada", "x".repeat(2000)]);
+});
+
+Deno.test("joining answers with what was missed, in order, then who is here", async () => {
+  await using chat = await start();
+  await using ada = await Client.open(chat, { username: "Ada" });
+  for (let i = 1; i <= 250; i++) ada.send({ username: "Ada", message: `${i}` });
+  await ada.until(() => ada.messages().length === 250);
+
+  await using grace = await Client.open(chat, { username: "Grace", since: 240 });
+  const { users, online } = await grace.until(() => grace.events.find(({ event }) => event === "presence"));
+  assertEquals([users.sort(), online], [["Ada", "Grace"], 2]);
+  assertEquals(grace.events[0], { event: "joined", seq: 250, oldest: 1 });
+  assertEquals(seqs(grace.events.slice(1, 11)), count(241, 250));
+  await ada.say("new");
+  await grace.until(() => grace.messages().at(-1).message === "new");
+  assertEquals(seqs(grace.messages()), count(241, 251));
+
+  await using lin = await Client.open(chat, { username: "Lin" });
+  await lin.until(() => lin.messages().length === 200);
+  assertEquals(seqs(lin.messages()), count(52, 251));
+});
+
+Deno.test("history pages back to the oldest message that is kept", async () => {
+  await using chat = await start({ history: 300 });
+  await using ada = await Client.open(chat, { username: "Ada" });
+  for (let i = 1; i <= 700; i++) ada.send({ username: "Ada", message: `${i}` });
+  await ada.until(() => ada.messages().length === 700);
+
+  await using grace = await Client.open(chat, { username: "Grace", since: 0 });
+  const { seq, oldest } = grace.events[0];
+  assertEquals([seq, oldest], [700, 401]);
+  await grace.until(() => grace.messages().length === 300);
+  assertEquals(seqs(grace.messages()), count(401, 700));
+
+  const seen: number[] = [];
+  for (let before = 701; before > oldest; before = seen[0]) {
+    const page = await grace.ask({ event: "history", before }, ({ event }) => event === "history");
+    assertEquals(page.before, before);
+    assert(page.messages.length > 0 && page.messages.length <= 200);
+    seen.unshift(...seqs(page.messages));
+  }
+  assertEquals(seen, count(401, 700));
+  const nothing = await grace.ask({ event: "history", before: oldest }, ({ event }) => event === "history");
+  assertEquals(nothing.messages, []);
+});
+
+Deno.test("long messages are paged so that a reader can take them", async () => {
+  await using chat = await start();
+  await using ada = await Client.open(chat, { username: "Ada" });
+  const long = "\u0001".repeat(2000); // six characters each on the wire
+  for (let i = 1; i <= 200; i++) ada.send({ username: "Ada", message: long });
+  await ada.until(() => ada.messages().length === 200);
+  await using grace = await Client.open(chat, { username: "Grace" });
+  await grace.until(() => grace.messages().length === 200);
+  assertEquals(seqs(grace.messages()), count(1, 200));
+  const { messages } = await grace.ask({ event: "history", before: 201 }, ({ event }) => event === "history");
+  assert(messages.length > 0 && JSON.stringify(messages).length < 1 << 20);
+  assertEquals(messages.at(-1).seq, 200);
+  assertEquals(grace.closed, undefined);
+});
+
+Deno.test("everyone who joined is told who comes, goes and types", async () => {
+  await using chat = await start();
+  await using ada = await Client.open(chat, { username: "Ada" });
+  const roster = await ada.until(() => ada.events.find(({ event }) => event === "presence"));
+  assertEquals(roster, { event: "presence", online: 1, users: ["Ada"] });
+
+  const news = () => ada.next(({ event }) => event === "presence");
+  let change = news();
+  const grace = await Client.open(chat, { username: "Grace" });
+  assertEquals(await change, { event: "presence", online: 2, joined: ["Grace"], left: [] });
+  change = news();
+  const twin = await Client.open(chat, { username: "Grace" });
+  assertEquals(await change, { event: "presence", online: 3, joined: [], left: [] });
+  change = news();
+  await twin[Symbol.asyncDispose]();
+  assertEquals(await change, { event: "presence", online: 2, joined: [], left: [] });
+  change = news();
+  grace.send({ event: "join", username: "Lin" });
+  assertEquals(await change, { event: "presence", online: 2, joined: ["Lin"], left: ["Grace"] });
+
+  const typing = ada.next(({ event }) => event === "typing");
+  grace.send({ event: "typing" });
+  assertEquals(await typing, { event: "typing", username: "Lin" });
+  assertEquals(await grace.ask({ event: "ping" }, ({ event }) => event === "pong"), { event: "pong" });
+  assert(!grace.events.some(({ event }) => event === "typing"));
+  change = news();
+  await grace[Symbol.asyncDispose]();
+  assertEquals(await change, { event: "presence", online: 1, joined: [], left: ["Lin"] });
+});
+
+Deno.test("someone who has no name yet may read", async () => {
+  await using chat = await start();
+  await using reader = await Client.open(chat, {});
+  const roster = await reader.until(() => reader.events.find(({ event }) => event === "presence"));
+  assertEquals(roster, { event: "presence", online: 1, users: [] });
+});
+
+Deno.test("a rush of arrivals is a few frames for each", async () => {
+  await using chat = await start();
+  const clients: Client[] = [];
+  await Promise.all(
+    count(1, 150).map(async (i) => {
+      clients.push(await Client.open(chat, { username: `user ${i}` }));
+    }),
+  );
+  for (const client of clients) {
+    await client.until(() => client.events.findLast(({ event }) => event === "presence")?.online === 150);
+    const known = new Set<string>();
+    for (const { users = [], joined = [] } of client.events) {
+      for (const name of [...users, ...joined]) known.add(name);
+    }
+    assertEquals(known.size, 150);
+  }
+  const frames = clients.reduce(
+    (sum, { events }) => sum + events.filter((e) => e.event === "presence").length,
+    0,
+  );
+  assert(frames < 150 * 40, `${frames} frames`);
+  for (const client of clients) await client[Symbol.asyncDispose]();
+});
+
+// ──────────────────────────────────────────────────── The program ────────────────────────────────────────────────────
+
+Deno.test("the program says where it is, logs each message, and ends when it is told to", async () => {
+  await using program = await Program.start();
+  await using ada = await Client.open(program, { username: "Ada" });
+  ada.username = 'Eve"\nMessage received: 7 from "Ada';
+  await ada.say("a secret");
+  await program.says(/Message received: 1 from "Eve\\" Message received: 7 from \\"Ada", 8 characters\n/);
+  assert(!program.output.includes("secret"));
+  for (let i = 1; i <= 500; i++) ada.send({ username: "Ada", message: `${i}` });
+  await ada.until(() => ada.messages().length === 501);
+  const begun = performance.now();
+  const ending = program.end("SIGTERM");
+  assertEquals((await ada.ended()).code, 1001);
+  const { code } = await ending;
+  assertEquals(code, 0);
+  assert(performance.now() - begun < 2000);
+  const lines = program.output.split("\n").filter((line) => line.startsWith("Message received"));
+  assert(lines.length < 400, `${lines.length} lines for 501 messages that came together`);
+});
+
+Deno.test("the program is silent if it is told to be", async () => {
+  const port = freePort();
+  await using program = new Program({ LOG: "off", PORT: `${port}` });
+  program.port = port;
+  await program.answers();
+  {
+    await using ada = await Client.open(program);
+    await ada.say("Hi");
+  }
+  assertEquals((await program.end("SIGINT")).code, 0);
+  assertEquals(program.output, "");
+});
+
+for (
+  const [env, reason] of [
+    [{ PORT: "abc" }, /PORT must be a whole number from 0 to 65535, not "abc"/],
+    [{ PORT: "65536" }, /PORT must be/],
+    [{ LOG: "loud" }, /LOG must be on or off/],
+    [{ CHAT_HISTORY: "0" }, /CHAT_HISTORY must be/],
+    [{ CHAT_DB: "/nowhere/chat.db" }, /database/],
+  ] as const
+) {
+  Deno.test(`the program does not start with ${JSON.stringify(env)}, and says why in one line`, async () => {
+    await using program = new Program(env);
+    const [line] = await program.says(/^.*\n/);
+    assertMatch(line, reason);
+    assertEquals((await program.ended()).code, 1);
+    assertEquals(program.output, line);
+  });
+}
+
+Deno.test("a port that is taken stops the start with one line", async () => {
+  await using chat = await start();
+  await using program = new Program({ PORT: `${chat.addr.port}` });
+  await program.says(/^The chat cannot start: .*port.*taken.*\n$/);
+  assertEquals((await program.ended()).code, 1);
+});
+
+// ───────────────────────────────────────────────────── The log ─────────────────────────────────────────────────────
+
+/** Says numbered things until it is told to stop, as the page does: what is unconfirmed is sent again, in order. */
+class Talker {
+  /** What was said, and is confirmed. */
+  readonly said: string[] = [];
+  #talking = true;
+  readonly #done: Promise<void>;
+
+  constructor(chat: { addr: { port: number } }, readonly name: string, atOnce = 5) {
+    this.#done = this.#talk(chat, atOnce);
+  }
+
+  async #talk(chat: { addr: { port: number } }, atOnce: number): Promise<void> {
+    while (this.#talking) {
+      const first = this.said.length + 1;
+      const batch = count(first, first + atOnce - 1).map((i) => ({
+        message: `${this.name} ${i}`,
+        id: `${this.name}-${i}`,
+      }));
+      while (true) {
+        const client = new Client(chat.addr);
+        try {
+          await client.until(() => client.closed || client.opened);
+          for (const message of batch) client.send({ username: this.name, ...message });
+          await client.until(() =>
+            client.closed || batch.every(({ id }) => client.events.some((e) => e.id === id))
+          );
+          if (!client.closed) break;
+        } finally {
+          await client[Symbol.asyncDispose]();
+        }
+      }
+      this.said.push(...texts(batch));
+    }
+  }
+
+  async stop(): Promise<string[]> {
+    this.#talking = false;
+    await this.#done;
+    return this.said;
+  }
+}
+
+/** Reads along, joining again from where it was as often as it is cut off. */
+class Reader {
+  readonly messages: Event[] = [];
+  readonly #addr: { port: number };
+  readonly #heard = new Set<() => void>();
+  #client?: Client;
+  readonly #done: Promise<void>;
+  #reading = true;
+
+  constructor({ addr }: { addr: { port: number } }) {
+    this.#addr = addr;
+    this.#done = this.#read();
+  }
+
+  async #read(): Promise<void> {
+    while (this.#reading) {
+      const client = this.#client = new Client(this.#addr);
+      await client.until(() => client.closed || client.opened);
+      if (client.opened) client.send({ event: "join", username: "Reader", since: this.messages.length });
+      let taken = 0, joined = false;
+      await client.until(() => {
+        for (const event of client.events.slice(taken)) {
+          joined ||= event.event === "joined";
+          if (joined && event.event === "receive_message") this.messages.push(event);
+        }
+        taken = client.events.length;
+        for (const look of this.#heard) look();
+        return client.closed;
+      }, Infinity);
+    }
+  }
+
+  /** Resolves when it has read so many messages. */
+  async has(count: number): Promise<void> {
+    const { promise, resolve, reject } = Promise.withResolvers<void>();
+    const timer = setTimeout(
+      () => reject(new Error(`only ${this.messages.length} of ${count} came`)),
+      DEADLINE,
+    );
+    const look = () => this.messages.length >= count && resolve();
+    this.#heard.add(look);
+    look();
+    await promise.finally(() => clearTimeout(timer));
+    this.#heard.delete(look);
+  }
+
+  async stop(): Promise<Event[]> {
+    this.#reading = false;
+    await this.#client?.[Symbol.asyncDispose]();
+    await this.#done;
+    return this.messages;
+  }
+}
+
+/** Asserts that each of these was said exactly once, each talker's in order, and that the numbers have no gap. */
+function assertComplete(messages: Event[], said: string[][]): void {
+  assertEquals(seqs(messages), count(1, messages.length));
+  for (const lines of said) {
+    const [name] = lines[0].split(" ");
+    assertEquals(texts(messages).filter((text) => text.startsWith(`${name} `)), lines);
+  }
+  assertEquals(messages.length, said.flat().length);
+}
+
+/** Everything that the room has. */
+async function everything(chat: { addr: { port: number } }): Promise<Event[]> {
+  await using reader = await Client.open(chat, { since: 0 });
+  await reader.until(() => reader.messages().length === reader.events[0].seq);
+  return reader.messages();
+}
+
+Deno.test("a server that is killed again and again loses nothing and doubles nothing", async () => {
+  await using file = await temporary();
+  const env = { CHAT_DB: file.db, LOG: "off", RATE_LIMIT: "0", PORT: `${freePort()}` };
+  const addr = { port: Number(env.PORT) };
+  let program = new Program(env);
+  program.port = addr.port;
+  await program.answers();
+  const talkers = ["Ada", "Grace", "Lin"].map((name) => new Talker({ addr }, name));
+  const reader = new Reader({ addr });
+  for (let kill = 0; kill < 5; kill++) {
+    await reader.has(reader.messages.length + 100);
+    await program.end("SIGKILL");
+    program = new Program(env);
+    program.port = addr.port;
+    await program.answers();
+  }
+  const said = await Promise.all(talkers.map((talker) => talker.stop()));
+  const messages = await everything({ addr });
+  assertComplete(messages, said);
+  await reader.has(messages.length);
+  assertEquals(await reader.stop(), messages);
+  await program.end();
+});
+
+Deno.test("a message that is sent again is not doubled: here, after a restart, or through another instance", async () => {
+  await using file = await temporary();
+  const message = { event: "send_message", username: "Ada", message: "once", id: "the-one" };
+  const confirmed = (event: Event) => event.id === "the-one";
+  let first: Event;
+  {
+    await using chat = await start(file);
+    await using ada = await Client.open(chat);
+    ada.send(message);
+    first = await ada.ask(message, confirmed);
+    await using grace = await Client.open(chat);
+    await using bystander = await Client.open(chat);
+    assertEquals(await grace.ask(message, confirmed), first);
+    await grace.say("next");
+    await bystander.until(() => bystander.events.length > 0);
+    assertEquals(seqs(bystander.events), [2]);
+  }
+  await using chat = await start(file);
+  await using other = await start(file);
+  for (const instance of [chat, other]) {
+    await using ada = await Client.open(instance, { username: "Ada", since: 1 });
+    assertEquals(await ada.ask(message, confirmed), first);
+  }
+  await using lin = await Client.open(other);
+  const again = { ...message, id: "another", message: "through both" };
+  await using ada = await Client.open(chat);
+  const [a, b] = await Promise.all(
+    [ada, lin].map((client) => client.ask(again, ({ id }) => id === "another")),
+  );
+  assertEquals(a, b);
+  assertEquals(texts(await everything(other)), ["once", "next", "through both"]);
+});
+
+Deno.test("two instances on one database are one room", async () => {
+  await using file = await temporary();
+  await using one = await start(file);
+  await using two = await start(file);
+  await using ada = await Client.open(one, { username: "Ada" });
+  await using grace = await Client.open(two, { username: "Grace" });
+  for (const client of [ada, grace]) {
+    await client.until(() => client.events.findLast(({ event }) => event === "presence")?.online === 2);
+  }
+  const talkers = [new Talker(one, "one"), new Talker(two, "two")];
+  for (const client of [ada, grace]) await client.until(() => client.messages().length > 500);
+  const said = await Promise.all(talkers.map((talker) => talker.stop()));
+  for (const client of [ada, grace]) {
+    await client.until(() => client.messages().length === said.flat().length);
+    assertComplete(client.messages(), said);
+  }
+  assertEquals(ada.messages(), grace.messages());
+});
+
+Deno.test("two processes on one file are one room, and one that dies is not here any more", async () => {
+  await using file = await temporary();
+  const env = { CHAT_DB: file.db, RATE_LIMIT: "0" };
+  await using one = await Program.start(env);
+  await using two = await Program.start(env);
+  await using ada = await Client.open(one, { username: "Ada" });
+  const grace = await Client.open(two, { username: "Grace" });
+  const talkers = [new Talker(one, "one"), new Talker(two, "two")];
+  for (const client of [ada, grace]) await client.until(() => client.messages().length > 100);
+  const said = await Promise.all(talkers.map((talker) => talker.stop()));
+  for (const client of [ada, grace]) {
+    await client.until(() => client.messages().length === said.flat().length);
+    assertComplete(client.messages(), said);
+  }
+  await ada.until(() => ada.events.some(({ joined }) => joined?.includes("Grace")));
+  await two.end("SIGTERM");
+  await ada.until(() => ada.events.some(({ left }) => left?.includes("Grace")));
+});
+
+Deno.test("an instance that gave no sign of life is presumed dead", async () => {
+  using kv = await Deno.openKv(":memory:");
+  await kv.set(["here", "dead", 0], { online: 2, users: ["Ghost"], until: Date.now() + 2500 });
+  await using chat = await start({ db: kv });
+  await using ada = await Client.open(chat, { username: "Ada" });
+  const { online, users } = await ada.until(() => ada.events.find(({ event }) => event === "presence"));
+  assertEquals([online, users.sort()], [3, ["Ada", "Ghost"]]);
+  const change = await ada.next(({ event }) => event === "presence");
+  assertEquals(change, { event: "presence", online: 1, joined: [], left: ["Ghost"] });
+});
+
+Deno.test("joining at any point of a running stream misses nothing and repeats nothing", async () => {
+  await using chat = await start();
+  const talkers = ["Ada", "Grace"].map((name) => new Talker(chat, name, 20));
+  await using watcher = await Client.open(chat, { since: 0 });
+  const joined: Client[] = [];
+  for (let i = 0; i < 60; i++) {
+    await watcher.until(() => watcher.messages().length > i * 20);
+    const since = Math.floor(i / 2) * 10;
+    joined.push(await Client.open(chat, { username: `reader ${i}`, since }));
+  }
+  const said = await Promise.all(talkers.map((talker) => talker.stop()));
+  const last = said.flat().length;
+  for (const [i, reader] of joined.entries()) {
+    await reader.until(() => reader.messages().at(-1)?.seq === last);
+    assertEquals(seqs(reader.messages()), count(Math.floor(i / 2) * 10 + 1, last));
+    await reader[Symbol.asyncDispose]();
+  }
+});
+
+/** A database that does what it is told before each commit. */
+function unreliable(kv: Deno.Kv, commit: (commit: () => Promise<Event>) => Promise<Event>): Deno.Kv {
+  const get = (target: Deno.Kv, name: string) => {
+    const value = Reflect.get(target, name);
+    if (name !== "atomic") return value.bind(target);
+    return () => {
+      const operation = target.atomic(), { commit: original } = operation;
+      operation.commit = () => commit(() => original.call(operation));
+      return operation;
+    };
+  };
+  return new Proxy(kv, { get: get as ProxyHandler<Deno.Kv>["get"] });
+}
+
+Deno.test("a database that fails for a while loses nothing", async () => {
+  using kv = await Deno.openKv(":memory:");
+  let commits = 0;
+  const failing = unreliable(kv, (commit) => {
+    if (++commits <= 3) throw new Error("database is locked");
+    return commit();
+  });
+  await using chat = await start({ db: failing });
+  await using ada = await Client.open(chat);
+  for (let i = 1; i <= 100; i++) ada.send({ username: "Ada", message: `${i}` });
+  await ada.until(() => ada.messages().length === 100);
+  assertEquals(texts(ada.messages()), count(1, 100).map(String));
+  assert(commits > 3);
+});
+
+Deno.test("a write that was done but reported as failed is not done again", async () => {
+  using kv = await Deno.openKv(":memory:");
+  let commits = 0;
+  const lying = unreliable(kv, async (commit) => {
+    const result = await commit();
+    if (++commits <= 2) throw new Error("connection lost");
+    return result;
+  });
+  await using chat = await start({ db: lying });
+  await using ada = await Client.open(chat);
+  for (let i = 1; i <= 100; i++) ada.send({ username: "Ada", message: `${i}` });
+  await ada.until(() => ada.messages().at(-1)?.message === "100");
+  assertEquals(texts(ada.messages()), count(1, 100).map(String));
+});
+
+Deno.test("what waits for a database that fails is bounded, and its sender keeps it", async () => {
+  using kv = await Deno.openKv(":memory:");
+  const works = Promise.withResolvers<void>();
+  await using chat = await start({ db: unreliable(kv, async (commit) => (await works.promise, commit())) });
+  await using ada = await Client.open(chat);
+  const message = "x".repeat(2000);
+  for (let i = 0; i < 9000; i++) ada.send({ username: "Ada", message, id: `${i}` });
+  const refused = () => ada.events.filter(({ event }) => event === "error");
+  await ada.until(() => refused().length > 0);
+  works.resolve();
+  await ada.until(() => ada.messages().length + refused().length === 9000);
+  const { id, error, retry_after } = refused()[0];
+  assertMatch(error, /try again/);
+  assertEquals(retry_after, 1000);
+  const again = await ada.ask({ username: "Ada", message, id }, (event) => event.id === id);
+  assertEquals(again.message, message);
+});
+
+Deno.test("a client that does not read is cut off, and finds everything when it joins again", async () => {
+  await using chat = await start();
+  const lazy = await Raw.open(chat.addr.port);
+  await lazy.frame('{"event":"join","username":"Lazy","since":0}');
+  await using ada = await Client.open(chat, { username: "Ada" });
+  await ada.until(() => ada.events.some(({ users }) => users?.includes("Lazy")));
+  const message = "x".repeat(2000);
+  let sent = 0;
+  const gone = () => ada.events.some(({ left }) => left?.includes("Lazy"));
+  while (!gone()) {
+    for (let i = 0; i < 500; i++) ada.send({ username: "Ada", message: `${++sent} ${message.slice(10)}` });
+    await ada.until(() => ada.messages().length === sent);
+    assert(sent < 20_000, "it was never cut off");
+  }
+  const { frames, code } = await lazy.drain();
+  assertEquals(code, 1013);
+  const seen = frames.flatMap((frame) => frame.split("\n")).map((line) => JSON.parse(line)).filter((e) =>
+    e.seq && e.message
+  );
+  assertEquals(seqs(seen), count(1, seen.length));
+  await using back = await Client.open(chat, { username: "Lazy", since: seen.length });
+  await back.until(() => back.messages().at(-1)?.seq === sent);
+  assertEquals(seqs(back.messages()), count(seen.length + 1, sent));
+});
