@@ -5,6 +5,7 @@
  */
 
 import { assert, assertEquals, assertMatch } from "@std/assert";
+import { gzipSync } from "node:zlib";
 import { type ChatOptions, startChat } from "./main.ts";
 
 // ───────────────────────────────────────────────── What tests use ─────────────────────────────────────────────────
@@ -951,4 +952,776 @@ Deno.test("a client that does not read is cut off, and finds everything when it 
   await using back = await Client.open(chat, { username: "Lazy", since: seen.length });
   await back.until(() => back.messages().at(-1)?.seq === sent);
   assertEquals(seqs(back.messages()), count(seen.length + 1, sent));
+});
+
+// ───────────────────────────────────────────────────── The page ─────────────────────────────────────────────────────
+
+/** Chromium, driven through the WebDriver protocol with plain `fetch`. */
+class Browser {
+  #driver;
+  #base = "";
+
+  constructor() {
+    this.#driver = new Deno.Command("chromedriver", { args: ["--port=0"], stdout: "piped", stderr: "null" })
+      .spawn();
+  }
+
+  async open(): Promise<this> {
+    const output = this.#driver.stdout.pipeThrough(new TextDecoderStream()).getReader();
+    let said = "";
+    while (!/on port (\d+)\.\s/.test(said)) said += (await output.read()).value ?? "";
+    void output.read().catch(() => {});
+    this.#base = `http://127.0.0.1:${said.match(/on port (\d+)\.\s/)![1]}/session`;
+    const args =
+      "headless=new no-sandbox disable-gpu disable-background-networking disable-component-update " +
+      "disable-sync no-first-run disable-background-timer-throttling disable-renderer-backgrounding " +
+      "disable-backgrounding-occluded-windows disable-dev-shm-usage lang=en-GB window-size=1100,800";
+    const { sessionId } = await this.#ask("POST", "", {
+      capabilities: {
+        alwaysMatch: {
+          "goog:chromeOptions": { args: args.split(" ").map((arg) => `--${arg}`) },
+          "goog:loggingPrefs": { browser: "ALL" },
+        },
+      },
+    });
+    this.#base += `/${sessionId}`;
+    return this;
+  }
+
+  // deno-lint-ignore no-explicit-any
+  async #ask(method: string, path: string, body: unknown = {}): Promise<any> {
+    const response = await fetch(this.#base + path, {
+      method,
+      body: method === "POST" ? JSON.stringify(body) : undefined,
+    });
+    const { value } = await response.json();
+    if (!response.ok) throw new Error(`${path}: ${value.message}`);
+    return value;
+  }
+
+  async close(): Promise<void> {
+    await this.#ask("DELETE", "");
+    this.#driver.kill();
+    await this.#driver.status;
+  }
+
+  goTo(url: string) {
+    return this.#ask("POST", "/url", { url });
+  }
+
+  reload() {
+    return this.#ask("POST", "/refresh");
+  }
+
+  /** Runs a script in the page; `arguments` are what follows it. */
+  run(script: string, ...args: unknown[]) {
+    return this.#ask("POST", "/execute/sync", { script, args });
+  }
+
+  async #find(selector: string): Promise<string> {
+    return Object.values(
+      await this.#ask("POST", "/element", { using: "css selector", value: selector }),
+    )[0] as string;
+  }
+
+  async type(selector: string, text: string) {
+    await this.#ask("POST", `/element/${await this.#find(selector)}/value`, { text });
+  }
+
+  async click(selector: string) {
+    await this.#ask("POST", `/element/${await this.#find(selector)}/click`);
+  }
+
+  /** Presses keys where the focus is; those in a string of several characters are held together. */
+  press(...keys: string[]) {
+    const actions = keys.flatMap((chord) => [
+      ...[...chord].map((value) => ({ type: "keyDown", value })),
+      ...[...chord].reverse().map((value) => ({ type: "keyUp", value })),
+    ]);
+    return this.#ask("POST", "/actions", { actions: [{ type: "key", id: "keys", actions }] });
+  }
+
+  /** A command of the DevTools protocol. */
+  cdp(cmd: string, params: unknown = {}) {
+    return this.#ask("POST", "/goog/cdp/execute", { cmd, params });
+  }
+
+  /** Sets the size of the view, and the theme. */
+  async look(width: number, height: number, theme = "light") {
+    await this.cdp("Emulation.setDeviceMetricsOverride", {
+      width,
+      height,
+      deviceScaleFactor: 1,
+      mobile: false,
+    });
+    await this.cdp("Emulation.setEmulatedMedia", {
+      features: [{ name: "prefers-color-scheme", value: theme }],
+    });
+  }
+
+  async newTab(): Promise<string> {
+    const { handle } = await this.#ask("POST", "/window/new", { type: "tab" });
+    await this.switchTo(handle);
+    return handle;
+  }
+
+  switchTo(handle: string) {
+    return this.#ask("POST", "/window", { handle });
+  }
+
+  tab(): Promise<string> {
+    return this.#ask("GET", "/window");
+  }
+
+  tabs(): Promise<string[]> {
+    return this.#ask("GET", "/window/handles");
+  }
+
+  closeTab() {
+    return this.#ask("DELETE", "/window");
+  }
+
+  /** What the console said since last asked. */
+  console(): Promise<{ level: string; message: string }[]> {
+    return this.#ask("POST", "/se/log", { type: "browser" });
+  }
+
+  async screenshot(): Promise<Uint8Array<ArrayBuffer>> {
+    return Uint8Array.from(atob(await this.#ask("GET", "/screenshot")), (char) => char.charCodeAt(0));
+  }
+}
+
+const ENTER = "\uE007", ESCAPE = "\uE00C", SHIFT = "\uE008", BACKSPACE = "\uE003";
+
+const hasDriver = await new Deno.Command("chromedriver", {
+  args: ["--version"],
+  stdout: "null",
+  stderr: "null",
+})
+  .output().then(() => true, () => false);
+
+/** One browser for all tests, opened by the first. */
+let opened: Promise<Browser> | undefined;
+
+Deno.test.afterAll(async () => await (await opened)?.close());
+
+/** What a test of the page has at hand. */
+interface Page {
+  browser: Browser;
+  chat: Awaited<ReturnType<typeof startChat>>;
+  url: string;
+  /** Waits until the expression is true in the page. */
+  until(expression: string, ...args: unknown[]): Promise<void>;
+  /** Opens the page and joins with this name. */
+  enter(name: string): Promise<void>;
+  /** Types a message and sends it with Enter. */
+  say(text: string): Promise<void>;
+  /** Someone without a browser, who joined. */
+  guest(username: string): Promise<Client>;
+}
+
+/** A test in the browser. It fails with any error of the page's script and any violation of its policy. */
+function pageTest(
+  name: string,
+  body: (page: Page) => Promise<void>,
+  options: Parameters<typeof startChat>[0] = {},
+) {
+  Deno.test({
+    name: `page: ${name}`,
+    ignore: !hasDriver && !Deno.env.has("CI"),
+    sanitizeOps: false, // the browser outlives the test
+    sanitizeResources: false,
+    async fn() {
+      const browser = await (opened ??= new Browser().open());
+      const chat = await startChat({
+        port: 0,
+        hostname: "127.0.0.1",
+        db: ":memory:",
+        log: false,
+        ...options,
+      });
+      const url = `http://127.0.0.1:${chat.addr.port}/`;
+      const guests: Client[] = [];
+      const first = await browser.tab();
+      const until = async (expression: string, ...args: unknown[]) => {
+        for (const end = Date.now() + 15_000; !await browser.run(`return ${expression}`, ...args);) {
+          await new Promise((resolve) => setTimeout(resolve, 10));
+          if (Date.now() < end) continue;
+          throw new Error(
+            `never true: ${expression}\n${await browser.run("return document.body.innerText")}`,
+          );
+        }
+      };
+      await browser.look(1100, 800);
+      try {
+        await body({
+          browser,
+          chat,
+          url,
+          until,
+          async enter(name) {
+            await browser.goTo(url);
+            await browser.run(`document.querySelector("#name").value = ""`);
+            await browser.type("#name", name + ENTER);
+            await until(
+              `${STATUS} === "Connected" && /\\(you\\)/.test(document.querySelector("#names").innerText)`,
+            );
+          },
+          async say(text) {
+            await browser.type("#message", text + ENTER);
+          },
+          async guest(username) {
+            const guest = await Client.open(chat, { username });
+            guests.push(guest);
+            return guest;
+          },
+        });
+        const errors = (await browser.console()).filter(({ level, message }) =>
+          level === "SEVERE" && !/WebSocket connection to/.test(message)
+        );
+        assertEquals(errors, []);
+      } finally {
+        await browser.console();
+        for (const tab of await browser.tabs()) {
+          await browser.switchTo(tab);
+          if (tab === first) await browser.goTo("about:blank");
+          else await browser.closeTab();
+        }
+        await browser.switchTo(first);
+        for (const guest of guests) await guest[Symbol.asyncDispose]();
+        await chat.shutdown();
+      }
+    },
+  });
+}
+
+// What is asked of the page, as expressions.
+const STATUS = `document.querySelector("[role=status]").textContent`;
+const PEOPLE = `[...document.querySelectorAll("#names bdi")].map((node) => node.textContent)`;
+const TEXTS = `[...document.querySelectorAll("[role=log] .text")].map((node) => node.textContent)`;
+const SETTLED = `document.querySelector("#waiting").childElementCount === 0`;
+const VALUE = `document.querySelector("#message").value`;
+const COMPANY = `document.querySelector("#company").textContent`;
+const LOG = `document.querySelector("#log")`;
+const AT_END = `${LOG}.scrollHeight - ${LOG}.clientHeight - ${LOG}.scrollTop < 2`;
+const SIDEWAYS = `[document.documentElement, ...document.querySelectorAll("main, #log, .bubble, #composer")]
+  .some((node) => node.scrollWidth > node.clientWidth + 1)`;
+
+const numbered = (length: number, what = "message") => Array.from({ length }, (_, i) => `${what} ${i + 1}`);
+
+Deno.test("page: comes in one request of at most 14,336 bytes", async () => {
+  const html = await Deno.readTextFile(PAGE);
+  const size = gzipSync(html, { level: 9 }).length;
+  assert(size <= 14_336, `${size} bytes`);
+  assertEquals(html.match(/<(style|script)\b/g), ["<style", "<script"]);
+  assert(!/\s(style|on\w+|src)=/.test(html.replace(/<script[^]*<\/script>/, "")));
+});
+
+pageTest("shows markup as text", async ({ browser, guest, enter, until, say }) => {
+  const markup = `<img src=x onerror="hacked=1"><script>hacked=1</script>&amp;<b>`;
+  const mallory = await guest("<b>Mallory</b>");
+  await mallory.say(markup);
+  await enter("Ada");
+  await until(`${TEXTS}.includes(arguments[0])`, markup);
+  await say(markup);
+  await until(`${SETTLED} && ${TEXTS}.filter((text) => text === arguments[0]).length === 2`, markup);
+  assertEquals(await browser.run(`return document.querySelector("#log bdi").textContent`), "<b>Mallory</b>");
+  assertEquals(
+    await browser.run(`return document.querySelectorAll("#log img, #log script, bdi *").length`),
+    0,
+  );
+  assertEquals(await browser.run("return typeof hacked"), "undefined");
+});
+
+pageTest("links http and https addresses and nothing else", async ({ browser, guest, enter, until }) => {
+  const ada = await guest("Ada");
+  await ada.say(
+    "javascript:alert(1) data:text/html,x JaVaScRiPt://x/%0aalert(1) file:///etc/passwd",
+    "See https://a.example/x_(y), (http://b.example/?q=1) and HTTPS://C.example!",
+    "http:// https://% https://a.example\u202egnp.exe",
+  );
+  await enter("Grace");
+  await until(`${TEXTS}.length === 3`);
+  const links = await browser.run(
+    `return [...document.querySelectorAll("#log a")].map((a) => a.textContent)`,
+  );
+  assertEquals(links, [
+    "https://a.example/x_(y)",
+    "http://b.example/?q=1",
+    "HTTPS://C.example",
+    "https://a.example",
+  ]);
+  const how = await browser.run(
+    `return [...document.querySelectorAll("#log a")].every((a) => a.target === "_blank" &&
+      a.rel === "noopener noreferrer" && /^https?:$/.test(a.protocol))`,
+  );
+  assert(how);
+});
+
+pageTest("takes no name made of control characters", async ({ browser, url, until, enter }) => {
+  await browser.goTo(url);
+  await browser.run(`document.querySelector("#name").value = "\\u202e\\u200b\\u0007"`);
+  await browser.type("#message", `Hi${ENTER}`);
+  await until(`document.activeElement.id === "name" && document.activeElement.ariaInvalid === "true"`);
+  assertEquals(await browser.run(`return ${VALUE}`), "Hi");
+  await enter("A\u202ed\u200ba");
+  await until(`${PEOPLE}.join() === "Ada"`);
+});
+
+pageTest("holds hostile texts in their place", async ({ browser, guest, enter, until }) => {
+  const long = ["W", "﷽", "\u{1f469}\u200d\u{1f680}", "@", "`", "https://a.example/)"].map((text) =>
+    text.repeat(2000).slice(0, 2000)
+  );
+  const mallory = await guest("W".repeat(40));
+  await mallory.say(...long, "\u202eright to left\u202e", "\u202dover\u2067ride");
+  await enter("Ada");
+  await until(`${TEXTS}.length === 8`);
+  for (const width of [1100, 390, 320]) {
+    await browser.look(width, 640);
+    assertEquals(await browser.run(`return ${SIDEWAYS}`), false, `${width} px`);
+  }
+  const isolated = await browser.run(
+    `return [...document.querySelectorAll("#log .text, #log bdi")].every((node) =>
+      getComputedStyle(node).unicodeBidi.startsWith("isolate"))`,
+  );
+  assert(isolated);
+});
+
+pageTest("asks for a missing name and keeps the message", async ({ browser, url, until }) => {
+  await browser.goTo(url);
+  await until(`${STATUS} === "Connected"`);
+  await browser.type("#message", "Hello");
+  await browser.click("#send");
+  await until(`document.activeElement.id === "name"`);
+  assertMatch(await browser.run(`return document.querySelector("#hint").textContent`), /name first/);
+  assertEquals(await browser.run(`return ${VALUE}`), "Hello");
+  await browser.press(..."Ada", ENTER);
+  await until(`${SETTLED} && ${TEXTS}[0] === "Hello"`);
+  assertEquals(await browser.run(`return ${VALUE}`), "");
+});
+
+pageTest("says so where nothing was said", async ({ browser, url, until }) => {
+  await browser.goTo(url);
+  await until(`/first message/.test(document.querySelector("main").innerText)`);
+});
+
+pageTest("lets two tabs with two names talk", async ({ browser, enter, until, say }) => {
+  const first = await browser.tab();
+  await enter("Ada");
+  await browser.newTab();
+  await enter("Grace");
+  await say("Hi Ada");
+  await until(`${SETTLED} && ${TEXTS}.includes("Hi Ada")`);
+  await browser.switchTo(first);
+  await until(`${TEXTS}.includes("Hi Ada") && ${PEOPLE}.join() === "Ada,Grace"`);
+  assertEquals(await browser.run(`return document.querySelector("#log bdi").textContent`), "Grace");
+  assertEquals(await browser.run(`return document.querySelectorAll(".mine").length`), 0);
+  await say("Hi Grace");
+  await until(`document.querySelectorAll("#rows .mine").length === 1`);
+});
+
+pageTest(
+  "groups the messages of one person, with times and days",
+  async ({ browser, guest, enter, until }) => {
+    const [ada, grace] = [await guest("Ada"), await guest("Grace")];
+    await ada.say("one", "two");
+    await grace.say("three");
+    await ada.say("four");
+    await enter("Lin");
+    await until(`${TEXTS}.length === 4`);
+    const names = await browser.run(
+      `return [...document.querySelectorAll(".name")].filter((node) => node.offsetWidth > 1).map((node) => node.textContent)`,
+    );
+    assertEquals(names, ["Ada", "Grace", "Ada"]);
+    assertEquals(
+      await browser.run(
+        `return [...document.querySelectorAll("#log .line")].map((node) => node.textContent)`,
+      ),
+      ["Today"],
+    );
+    const [short, exact] = await browser.run(
+      `const time = document.querySelector("time"); return [time.textContent, time.title]`,
+    );
+    assertMatch(short, /^\d?\d:\d\d/);
+    assertMatch(exact, /20\d\d/);
+  },
+);
+
+pageTest("shows what is meant", async ({ browser, guest, enter, until }) => {
+  const ada = await guest("Ada Lovelace");
+  await ada.say(
+    "run `deno task`",
+    "```ts\nlet a = 1;\n  a++;\n```",
+    "\u{1f389}\u{1f44d}\u{1f3fd}",
+    "@Grace and @Ada Lovelace, not me@grace.example",
+    "\u05e9\u05dc\u05d5\u05dd",
+  );
+  await enter("Grace");
+  await until(`${TEXTS}.length === 5`);
+  assertEquals(
+    await browser.run(`return [...document.querySelectorAll("#log code")].map((c) => c.textContent)`),
+    [
+      "deno task",
+      "let a = 1;\n  a++;",
+    ],
+  );
+  const size = (n: number) =>
+    browser.run(
+      `return parseFloat(getComputedStyle(
+    document.querySelectorAll("#log .text")[arguments[0]]).fontSize)`,
+      n,
+    );
+  assert(await size(2) > 1.5 * await size(0));
+  assertEquals(
+    await browser.run(
+      `return [...document.querySelectorAll("mark")].map((m) => [m.textContent, m.className])`,
+    ),
+    [["@Grace", "me"], ["@Ada Lovelace", ""]],
+  );
+  assertEquals(await browser.run(`return document.querySelectorAll(".to-me").length`), 1);
+  assert(await browser.run(`return document.querySelectorAll("#log .text")[4].matches(":dir(rtl)")`));
+});
+
+pageTest("holds still for a reader and counts what is new", async ({ browser, guest, enter, until }) => {
+  const ada = await guest("Ada");
+  await ada.say(...numbered(100));
+  await enter("Grace");
+  await until(`${TEXTS}.includes("message 100") && ${AT_END}`);
+  await ada.say("at the end");
+  await until(`${TEXTS}.includes("at the end") && ${AT_END}`);
+  await browser.run(`${LOG}.scrollTop = 1000`);
+  await until(`!document.querySelector("#down").hidden`);
+  const place = await browser.run(`return ${LOG}.scrollTop`);
+  await ada.say(...numbered(3, "new"));
+  await until(`/^3 new/.test(document.querySelector("#down").textContent)`);
+  assertEquals(await browser.run(`return ${LOG}.scrollTop`), place);
+  await browser.click("#down");
+  await until(`${AT_END} && document.querySelector("#down").hidden && ${TEXTS}.at(-1) === "new 3"`);
+  await browser.run(`${LOG}.scrollTop = 1000`);
+  await until(`!document.querySelector("#down").hidden`);
+  await browser.type("#message", ESCAPE);
+  await until(AT_END);
+});
+
+pageTest("loads older messages and keeps the place", async ({ browser, guest, enter, until }) => {
+  const ada = await guest("Ada");
+  await ada.say(...numbered(700));
+  await enter("Grace");
+  await until(`${TEXTS}.at(-1) === "message 700" && ${AT_END}`);
+  const top = `[...document.querySelectorAll("#rows .row")].find((row) =>
+    row.querySelector(".text").textContent === arguments[0])?.querySelector(".text").getBoundingClientRect().top`;
+  const [first, before] = await browser.run(
+    `${LOG}.scrollTop = 100; const [first] = ${TEXTS}; return [first, ((...arguments) => ${top})(first)]`,
+  );
+  await until(`${TEXTS}[0] !== arguments[0]`, first);
+  const after = await browser.run(`return ${top}`, first);
+  assert(Math.abs(after - before) < 2, `${before} became ${after}`);
+  await until(`(${LOG}.scrollTop = 0, ${TEXTS}[0] === "message 1")`);
+  assert(await browser.run(`return ${TEXTS}.length <= 300`));
+  assertMatch(await browser.run(`return document.querySelector("#log").innerText`), /where it began/);
+  // The way down shows each message in order.
+  await until(`(${LOG}.scrollTop = 1e9, ${TEXTS}.at(-1) === "message 700" && ${AT_END})`);
+  const shown: string[] = await browser.run(`return ${TEXTS}`);
+  assertEquals(shown, numbered(700).slice(-shown.length));
+});
+
+pageTest("marks where this person had left", async ({ browser, guest, enter, url, until }) => {
+  const ada = await guest("Ada");
+  await ada.say("before");
+  await enter("Grace");
+  await until(`${TEXTS}.includes("before")`);
+  await browser.goTo("about:blank");
+  await ada.say("meanwhile", "later");
+  await browser.goTo(url);
+  await until(`${TEXTS}.length === 3`);
+  const marked = `[...document.querySelectorAll(".left")].map((node) =>
+    node.parentNode.querySelector(".text").textContent).join()`;
+  await until(`${marked} === "meanwhile"`);
+});
+
+pageTest("keeps the name and the draft", async ({ browser, enter, url, until }) => {
+  await enter("Ada");
+  await browser.type("#message", `half a${SHIFT}${ENTER}${SHIFT}thought`);
+  await browser.reload();
+  await until(`${VALUE} === "half a\\nthought" && document.querySelector("#name").value === "Ada"`);
+  await browser.newTab();
+  await browser.goTo(url);
+  assertEquals(await browser.run(`return [${VALUE}, document.querySelector("#name").value]`), ["", "Ada"]);
+});
+
+pageTest("sends with Enter, but not while an input method composes", async ({ browser, enter, until }) => {
+  await enter("Ada");
+  await browser.click("#message");
+  const height = await browser.run(`return document.querySelector("#message").offsetHeight`);
+  await browser.press("a", SHIFT + ENTER, "b");
+  assertEquals(await browser.run(`return ${VALUE}`), "a\nb");
+  assert(await browser.run(`return document.querySelector("#message").offsetHeight`) > height);
+  await browser.cdp("Input.imeSetComposition", { text: "に", selectionStart: 1, selectionEnd: 1 });
+  for (const init of [{ isComposing: true }, { keyCode: 229 }]) {
+    await browser.run(
+      `document.querySelector("#message").dispatchEvent(
+        new KeyboardEvent("keydown", { key: "Enter", bubbles: true, cancelable: true, ...arguments[0] }))`,
+      init,
+    );
+  }
+  await browser.cdp("Input.insertText", { text: "日" });
+  assertEquals(await browser.run(`return ${VALUE}`), "a\nb日");
+  await browser.press(ENTER);
+  await until(`${SETTLED} && ${TEXTS}.join() === "a\\nb日"`);
+});
+
+pageTest("counts near the limit and loses nothing over it", async ({ browser, enter, until }) => {
+  await enter("Ada");
+  const fill = (count: number) =>
+    browser.run(
+      `const field = document.querySelector("#message"); field.value = " " + "x".repeat(arguments[0]);
+      field.dispatchEvent(new Event("input"))`,
+      count,
+    );
+  const counter = () => browser.run(`return document.querySelector("#counter").textContent`);
+  await fill(1500);
+  assertEquals(await counter(), "");
+  await fill(1990);
+  assertMatch(await counter(), /^10 left/);
+  await fill(2003);
+  assertMatch(await counter(), /^3 over/);
+  await browser.type("#message", ENTER);
+  assertEquals(await browser.run(`return ${VALUE}.length`), 2004);
+  await browser.type("#message", BACKSPACE.repeat(3) + ENTER);
+  await until(`${SETTLED} && ${TEXTS}[0]?.length === 2000`);
+});
+
+pageTest("shows a refused message with the reason, and gives it back", async ({ browser, enter, until }) => {
+  await enter("Ada");
+  // The page itself sends nothing too long: this was left in its outbox.
+  await browser.run(
+    `sessionStorage["chat.outbox"] = JSON.stringify([
+      { id: "long", time: Date.now(), username: "Ada", message: "x".repeat(2001) },
+      { id: "short", time: Date.now(), username: "Ada", message: "behind it" }])`,
+  );
+  await browser.reload();
+  await until(`/1 to 2000/.test(document.querySelector(".refused .trouble")?.textContent)`);
+  await until(`document.querySelector("#rows")?.innerText.includes("behind it")`);
+  await browser.click(".trouble button:nth-of-type(1)");
+  await until(`/1 to 2000/.test(document.querySelector(".refused .trouble")?.textContent)`);
+  await browser.click(".trouble button:nth-of-type(2)");
+  await until(`${SETTLED} && ${VALUE}.length === 2001`);
+  assertEquals(await browser.run(`return JSON.parse(sessionStorage["chat.outbox"])`), []);
+});
+
+pageTest("outlives the server", async ({ browser, until, say }) => {
+  const db = await Deno.makeTempFile({ suffix: ".db" });
+  const start = (port: number) => startChat({ port, hostname: "127.0.0.1", db, log: false });
+  let chat = await start(0);
+  const address = `http://127.0.0.1:${chat.addr.port}/`;
+  const come = async (name: string) => {
+    await browser.goTo(address);
+    await browser.type("#name", name + ENTER);
+    await until(`${STATUS} === "Connected"`);
+  };
+  try {
+    const first = await browser.tab();
+    await come("Ada");
+    await say("before");
+    await until(`${SETTLED} && ${TEXTS}.join() === "before"`);
+    await browser.run(`document.querySelector("#rows").firstChild.same = true`);
+    const second = await browser.newTab();
+    await come("Grace");
+    await until(`${TEXTS}.join() === "before"`);
+    await chat.shutdown();
+    await until(`/^Offline, next try in \\d+ s$/.test(${STATUS})`);
+    await say("meanwhile");
+    await until(
+      `document.querySelector(".waiting") && /Sending/.test(document.querySelector("#waiting").textContent)`,
+    );
+    chat = await start(chat.addr.port);
+    await until(`${SETTLED} && ${TEXTS}.join() === "before,meanwhile"`);
+    await browser.switchTo(first);
+    await until(`${STATUS} === "Connected" && ${TEXTS}.join() === "before,meanwhile"`);
+    assert(await browser.run(`return document.querySelector("#rows").firstChild.same`), "drawn anew");
+    await say("after");
+    await browser.switchTo(second);
+    await until(`${TEXTS}.join() === "before,meanwhile,after"`);
+  } finally {
+    await chat.shutdown();
+    await Deno.remove(db).catch(() => {});
+  }
+});
+
+pageTest("starts over in another room", async ({ browser, chat, enter, until, say }) => {
+  await enter("Ada");
+  await say("in the first room");
+  await until(`${SETTLED} && ${TEXTS}.length === 1`);
+  await chat.shutdown();
+  await until(`/Offline/.test(${STATUS})`);
+  await say("kept");
+  const other = await startChat({ port: chat.addr.port, hostname: "127.0.0.1", db: ":memory:", log: false });
+  try {
+    await browser.click("#retry").catch(() => {});
+    await until(`${SETTLED} && ${TEXTS}.join() === "kept"`);
+  } finally {
+    await browser.goTo("about:blank");
+    await other.shutdown();
+  }
+});
+
+pageTest("notices a dead connection on coming back", async ({ browser, enter, until }) => {
+  await enter("Ada");
+  // From here on nothing that the page sends arrives, as on a laptop that slept.
+  await browser.run(`
+    const { send } = WebSocket.prototype;
+    WebSocket.prototype.send = function () {
+      this.onclose = () => {};
+      WebSocket.prototype.send = (...args) => {};
+      window.revive = () => WebSocket.prototype.send = send;
+    };`);
+  await until(`dispatchEvent(new Event("online")) && ${STATUS} !== "Connected" && (revive(), true)`);
+  await until(`${STATUS} === "Connected"`);
+});
+
+pageTest("shows who is here and who types", async ({ browser, guest, enter, until }) => {
+  await enter("Grace");
+  const ada = await guest("Ada");
+  await until(`${PEOPLE}.join() === "Grace,Ada" && /Ada came/.test(${COMPANY})`);
+  await until(`document.querySelector("#here").textContent === "2 here"`);
+  ada.send({ event: "typing" });
+  await until(`${COMPANY} === "Ada is typing…"`);
+  await ada.say("done");
+  await until(`!/typing/.test(${COMPANY})`);
+  const heard = ada.next(({ event, username }) => event === "typing" && username === "Grace");
+  await browser.type("#message", "hm");
+  await heard;
+  await ada[Symbol.asyncDispose]();
+  await until(`${PEOPLE}.join() === "Grace" && /Ada left/.test(${COMPANY})`);
+  await browser.look(390, 700);
+  await browser.click("#count");
+  await until(`document.querySelector("#people").matches(":popover-open") && ${PEOPLE}.join() === "Grace"`);
+  await browser.press(ESCAPE);
+  await until(`!document.querySelector("#people").matches(":popover-open")`);
+});
+
+pageTest("counts a reader without a name", async ({ browser, guest, url, until }) => {
+  await guest("Ada");
+  await browser.goTo(url);
+  await until(`${PEOPLE}.join() === "Ada" && document.querySelector("#here").textContent === "2 here"`);
+});
+
+pageTest("counts in the title while it is not looked at", async ({ browser, guest, enter, until }) => {
+  const ada = await guest("Ada");
+  await ada.say("before");
+  await enter("Grace");
+  await until(`${TEXTS}.length === 1`);
+  const icon = await browser.run(`return document.querySelector("link[rel=icon]").href`);
+  const hide = (hidden: boolean) =>
+    browser.run(
+      `Object.defineProperty(document, "hidden", { value: arguments[0], configurable: true });
+      document.dispatchEvent(new Event("visibilitychange"))`,
+      hidden,
+    );
+  await hide(true);
+  await ada.say("one", "two");
+  await until(
+    `document.title.startsWith("(2)") && document.querySelector("link[rel=icon]").href !== arguments[0]`,
+    icon,
+  );
+  await hide(false);
+  await until(
+    `document.title === "Chat" && document.querySelector("link[rel=icon]").href === arguments[0]`,
+    icon,
+  );
+  await until(`document.querySelector(".left")`);
+});
+
+pageTest("has new messages read out, and not the history", async ({ browser, guest, enter, until }) => {
+  const ada = await guest("Ada");
+  await ada.say("history");
+  await enter("Grace");
+  await until(`${TEXTS}.length === 1`);
+  await browser.run(`window.heard = [];
+    new MutationObserver(() => heard.push(document.querySelector("#news").textContent))
+      .observe(document.querySelector("#news"), { childList: true, subtree: true, characterData: true })`);
+  await ada.say("news");
+  await until(`heard.length > 0`);
+  assertEquals(await browser.run("return heard"), ["Ada: news"]);
+  assertEquals(await browser.run(`return document.querySelector("#news").ariaLive`), "polite");
+});
+
+pageTest("fits any width in both themes", async ({ browser, guest, enter, until }) => {
+  const ada = await guest("Ada");
+  await ada.say(
+    ...numbered(30),
+    "`code`",
+    "```\n" + "x".repeat(300) + "\n```",
+    "https://a.example/" + "x".repeat(300),
+  );
+  await enter("W".repeat(40));
+  await until(`${TEXTS}.length === 33`);
+  for (const theme of ["light", "dark"]) {
+    for (const width of [1400, 1100, 390, 320]) {
+      await browser.look(width, 560, theme);
+      await until(AT_END);
+      const [sideways, bottom, small] = await browser.run(
+        `return [${SIDEWAYS}, document.querySelector("#send").getBoundingClientRect().bottom,
+          [...document.querySelectorAll("button, input, textarea")].filter((node) =>
+            node.checkVisibility() && Math.min(node.offsetWidth, node.offsetHeight) < 24).map((node) => node.id)]`,
+      );
+      assertEquals([sideways, small], [false, []], `${width} px, ${theme}`);
+      assert(bottom <= 560);
+    }
+    // The contrast of each colour that a name can have, on what it stands on.
+    const contrast = await browser.run(`
+      const brush = Object.assign(document.createElement("canvas"), { width: 1, height: 1 }).getContext("2d");
+      const light = (colour) => {
+        brush.fillStyle = colour;
+        brush.fillRect(0, 0, 1, 1);
+        const [r, g, b] = [...brush.getImageData(0, 0, 1, 1).data].map((n) =>
+          n / 255 <= 0.04045 ? n / 255 / 12.92 : ((n / 255 + 0.055) / 1.055) ** 2.4);
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+      };
+      const row = document.querySelector(".first");
+      const ratio = (a, b) => (Math.max(light(a), light(b)) + 0.05) / (Math.min(light(a), light(b)) + 0.05);
+      const style = (node, pseudo) => getComputedStyle(node, pseudo);
+      let least = 99;
+      for (let hue = 0; hue < 360; hue += 5) {
+        row.style.setProperty("--hue", hue);
+        const [name, bubble] = [row.querySelector(".name"), row.querySelector(".bubble")];
+        least = Math.min(least, ratio(style(name).color, style(bubble).backgroundColor),
+          ratio(style(row, "::before").color, style(row, "::before").backgroundColor));
+      }
+      return least`);
+    assert(contrast >= 4.5, `${contrast} in the ${theme} theme`);
+  }
+});
+
+pageTest("stays usable at 5,000 messages a second", async ({ browser, guest, enter, until, say }) => {
+  const [seconds, batches] = [5, 50];
+  const ada = await guest("Ada");
+  await enter("Grace");
+  await browser.run(`window.longest = 0;
+    new PerformanceObserver((list) => {
+      for (const { duration } of list.getEntries()) longest = Math.max(longest, duration);
+    }).observe({ type: "longtask" })`);
+  const flood = (async () => {
+    const begun = performance.now();
+    for (let i = 0; i < seconds * batches; i++) {
+      const wait = begun + i * 1000 / batches - performance.now();
+      if (wait > 0) await new Promise((resolve) => setTimeout(resolve, wait));
+      for (let k = 1; k <= 5000 / batches; k++) {
+        ada.send({
+          username: "Ada",
+          message: `flood ${i * 5000 / batches + k}, with \`code\` and a few more words`,
+        });
+      }
+    }
+  })();
+  await until(`${TEXTS}.length > 10`);
+  await browser.type("#message", "typed meanwhile");
+  assertEquals(await browser.run(`return ${VALUE}`), "typed meanwhile");
+  assert(await browser.run(`return ${TEXTS}.length <= 310`));
+  await flood;
+  await until(`${TEXTS}.at(-1)?.startsWith("flood ${seconds * 5000},") && ${AT_END}`);
+  await say("");
+  await until(`${SETTLED} && ${TEXTS}.at(-1) === "typed meanwhile"`);
+  const longest = await browser.run("return longest");
+  assert(longest < 100, `a task of ${longest} ms`);
 });
