@@ -31,6 +31,24 @@ export interface ChatOptions {
   history?: number;
   /** Whether accepted messages are logged to the terminal. Default: true. */
   log?: boolean;
+  /** What has to be known to join; the empty string lets everyone in. Default: everyone. */
+  password?: string;
+  /** Messages a second that a connection may send, five seconds' worth at once; 0 sets no limits. Default: 20. */
+  rateLimit?: number;
+  /** Connections at a time. Default: 10000. */
+  maxClients?: number;
+  /** Connections at a time from one address; 0 sets no limit. Default: 0. */
+  maxClientsPerAddress?: number;
+  /** Origins besides the server's own whose pages may connect, like `https://chat.example`. Default: none. */
+  allowedOrigins?: string[];
+  /** Whether the address of a client is the last in `X-Forwarded-For`: only behind a proxy. Default: false. */
+  trustProxy?: boolean;
+  /** Seconds after which a silent connection is closed, if it does not answer a ping either. Default: 30. */
+  idleTimeout?: number;
+  /** The path of a certificate, in PEM: with it, HTTPS and WSS are served. Default: HTTP and WS. */
+  tlsCert?: string;
+  /** The path of its key, in PEM. */
+  tlsKey?: string;
 }
 
 /** A chat that runs. `await using` shuts it down at the end of the block. */
@@ -41,10 +59,83 @@ export interface Chat extends AsyncDisposable {
   shutdown(): Promise<void>;
 }
 
+/** How a setting is read from the environment. */
+interface Setting<T> {
+  /** The variable. */
+  name: string;
+  /** What it is without that. */
+  preset: T;
+  /** What its text means; undefined if that makes no sense. */
+  read(text: string): T | undefined;
+  /** What would make sense. */
+  sense: string;
+}
+
+const anything = <T extends string | undefined>(name: string, preset: T): Setting<string | T> => (
+  { name, preset, read: (text) => text, sense: "a text" }
+);
+const whole = (name: string, preset: number, least = 0, most = Number.MAX_SAFE_INTEGER): Setting<number> => ({
+  name,
+  preset,
+  read: (text) => /^\d+$/.test(text) && Number(text) >= least && Number(text) <= most ? Number(text) : undefined,
+  sense: `a whole number from ${least} to ${most}`,
+});
+const onOrOff = (name: string, preset: boolean): Setting<boolean> => (
+  { name, preset, read: (text) => text === "on" || (text === "off" ? false : undefined), sense: "on or off" }
+);
+const origins = (name: string): Setting<string[]> => ({
+  name,
+  preset: [],
+  read: (text) => text.split(",").every((origin) => URL.parse(origin)?.origin === origin) ? text.split(",") : undefined,
+  sense: "origins with commas between them, like https://chat.example",
+});
+
+const SETTINGS = {
+  port: whole("PORT", 8000, 0, 65_535),
+  hostname: anything("HOST", "127.0.0.1"),
+  db: anything("CHAT_DB", undefined),
+  history: whole("CHAT_HISTORY", 10_000, 1),
+  log: onOrOff("LOG", true),
+  password: anything("CHAT_PASSWORD", ""),
+  rateLimit: whole("RATE_LIMIT", 20),
+  maxClients: whole("MAX_CLIENTS", 10_000, 1),
+  maxClientsPerAddress: whole("MAX_CLIENTS_PER_ADDRESS", 0),
+  allowedOrigins: origins("ALLOWED_ORIGINS"),
+  trustProxy: onOrOff("TRUST_PROXY", false),
+  idleTimeout: whole("IDLE_TIMEOUT", 30, 1),
+  tlsCert: anything("TLS_CERT", undefined),
+  tlsKey: anything("TLS_KEY", undefined),
+} satisfies { [Option in keyof ChatOptions]-?: Setting<ChatOptions[Option]> };
+
+/** Every option, with a value where it has a default. */
+type Settings = {
+  [Option in keyof typeof SETTINGS]: Exclude<ChatOptions[Option], undefined> | typeof SETTINGS[Option]["preset"];
+};
+
+const DEFAULTS = Object.fromEntries(
+  Object.entries(SETTINGS).map(([option, { preset }]) => [option, preset]),
+) as Settings;
+
+/** The options that the environment names. Throws a `RangeError` for one that makes no sense. */
+function environment(): ChatOptions {
+  const named = Object.entries(SETTINGS).flatMap(([option, { name, read, sense }]) => {
+    const text = Deno.env.get(name);
+    if (!text) return [];
+    const value = read(text);
+    if (value === undefined) throw new RangeError(`${name} must be ${sense}, not "${text}"`);
+    return [[option, value]];
+  });
+  return Object.fromEntries(named);
+}
+
 const MAX_USERNAME = 40; // UTF-16 units, as maxlength counts
 const MAX_MESSAGE = 2000; // UTF-16 units
 const MAX_FRAME = 64 * 1024; // bytes of a frame from a client: far over every limit
 const MAX_UNSENT = 1024 * 1024; // bytes that wait for one slow reader before it is cut off
+const RATES = { join: 2, history: 5, typing: 2, ping: 2, error: 20, guess: 1 }; // a second, besides messages
+const BURST = 5000; // ms whose worth of events may come at once
+const WRONG = 1000; // ms until a wrong password is answered
+const JOIN = 10_000; // ms in which a client must join a room that has a password
 const MAX_QUEUE = 16 * 1024 * 1024; // UTF-16 units of messages that wait for the database
 const MAX_VALUE = 64 * 1024; // bytes of one value in KV, and so of one entry in the log
 const MAX_TURNS = 20; // turns of the event loop that arriving messages are waited for
@@ -104,7 +195,8 @@ const ID = /^[\w-]{1,64}$/;
 const cleanName = (name: string) => name.toWellFormed().replace(INVISIBLE, "").replace(/\s+/g, " ").trim();
 
 /** Everything that a client may send is checked here. */
-function check(frame: string): Incoming {
+function check(frame: unknown): Incoming {
+  if (typeof frame !== "string") return refusal("a frame must be text, not binary");
   let data: Record<string, unknown>;
   try {
     data = JSON.parse(frame);
@@ -153,6 +245,20 @@ function check(frame: string): Incoming {
     default:
       return refusal("event must be send_message, join, history, typing or ping");
   }
+}
+
+/** Whether a frame is over {@linkcode MAX_FRAME}. */
+function isLarge(frame: unknown): boolean {
+  if (typeof frame !== "string") return (frame as ArrayBuffer).byteLength > MAX_FRAME;
+  return frame.length > MAX_FRAME / 3 && new Blob([frame]).size > MAX_FRAME;
+}
+
+/** Whether the guess is the secret. How long that takes says nothing of the secret. */
+function isSecret(guess: string, secret: string): boolean {
+  const encoder = new TextEncoder(), a = encoder.encode(guess), b = encoder.encode(secret);
+  let different = a.length ^ b.length;
+  for (const [i, byte] of a.entries()) different |= byte ^ b[i % b.length];
+  return different === 0;
 }
 
 const isWhole = (value: unknown): value is number => Number.isSafeInteger(value) && (value as number) >= 0;
@@ -515,27 +621,48 @@ type Client = WebSocket & {
   joins: number;
   /** At most how many bytes wait to be sent to it. */
   unsent: number;
-};
+  /** Where it comes from. */
+  address: string;
+  /** Whether it may see the room and talk: it knew the password, or there is none. */
+  admitted: boolean;
+  /** When it is closed for that. */
+  timer?: ReturnType<typeof setTimeout>;
+} & Limited;
+
+/** Someone whose events are limited. */
+interface Limited {
+  /** For each kind of event a token bucket: all there is to know of one is when it will be full again. */
+  full: Partial<Record<Limit, number>>;
+}
+
+type Limit = Incoming["event"] | "guess";
 
 /** Everyone who is connected, and what they are sent. */
 class Room {
   readonly #sockets = new Set<Client>();
   readonly #log: Log;
   readonly #presence: Presence;
-  readonly #print: (text: string) => void;
+  readonly #options: Settings;
+  readonly #rates: Record<Limit, number>; // a second; 0 is no limit
   readonly #newcomers = new Set<Client>(); // joined since the room was last told who is here
   readonly #typing = new Set<string>(); // names that typed since then
+  #connections = 0; // those, too, that are closed but do not read that they are
+  readonly #addresses = new Map<string, number>(); // how many of them each address has
+  readonly #guessers = new Map<string, Limited>(); // addresses that gave a wrong password
   #telling?: ReturnType<typeof setTimeout>; // the timer of the next news
   #looking?: ReturnType<typeof setTimeout>; // the timer of the next look at other instances
   #closed = false;
 
-  constructor(kv: Deno.Kv, { history, log }: { history: number; log: boolean }) {
+  constructor(kv: Deno.Kv, options: Settings) {
+    this.#options = options;
+    const { rateLimit, history } = options;
+    const limits = rateLimit > 0 ? RATES : { join: 0, history: 0, typing: 0, ping: 0, error: 0, guess: RATES.guess };
+    this.#rates = { ...limits, send_message: rateLimit };
     this.#log = new Log(kv, history, {
       written: (entry, accepted) => this.#broadcast(entry, accepted),
       replaced: () => this.#sockets.forEach((client) => this.#close(client, 1013, "the room was replaced")),
     });
     this.#presence = new Presence(kv);
-    this.#print = log ? console.log : () => {};
   }
 
   /** Resolves when the log is read. Throws what the database throws. */
@@ -544,14 +671,40 @@ class Room {
     this.#look();
   }
 
-  /** Takes a socket in: once it is open it gets every message. */
-  add(socket: WebSocket): void {
-    const client: Client = Object.assign(socket, { joined: false, seen: 0, joins: 0, unsent: 0 });
+  /** Whether there is no place for one more connection from this address. */
+  isFull(address: string): boolean {
+    const { maxClients, maxClientsPerAddress } = this.#options;
+    return this.#connections >= maxClients ||
+      maxClientsPerAddress > 0 && (this.#addresses.get(address) ?? 0) >= maxClientsPerAddress;
+  }
+
+  /** Takes a socket in: once it is open it gets every message, unless there is a password. */
+  add(socket: WebSocket, address: string): void {
+    const admitted = this.#options.password === "";
+    const client: Client = Object.assign(socket, {
+      joined: false,
+      seen: -1,
+      joins: 0,
+      unsent: 0,
+      address,
+      admitted,
+      full: {},
+    });
     client.onopen = () => {
-      client.seen = this.#log.head;
+      if (this.isFull(address)) client.close(1013, "the room is full");
+      this.#connections++;
+      this.#addresses.set(address, (this.#addresses.get(address) ?? 0) + 1);
+      if (admitted) client.seen = this.#log.head;
+      else client.timer = setTimeout(() => this.#close(client, 1008, "no password in time"), JOIN);
       this.#sockets.add(client);
     };
-    client.onclose = () => this.#leave(client);
+    client.onclose = () => {
+      this.#leave(client);
+      this.#connections--;
+      const others = this.#addresses.get(address)! - 1;
+      if (others > 0) this.#addresses.set(address, others);
+      else this.#addresses.delete(address);
+    };
     client.onmessage = ({ data }) => {
       const failed = (error: Error) => {
         console.error("A connection failed:", error.message);
@@ -582,6 +735,7 @@ class Room {
   }
 
   #leave(client: Client): void {
+    clearTimeout(client.timer);
     if (!this.#sockets.delete(client) || !client.joined) return;
     this.#newcomers.delete(client);
     this.#presence.count(client.username, -1);
@@ -590,13 +744,20 @@ class Room {
 
   /** Does what a frame asks for. */
   #receive(client: Client, frame: unknown): Promise<void> | void {
-    if (this.#closed) return; // unconfirmed: the client sends it again, to whoever comes next
-    if (typeof frame !== "string") return this.#refuse(client, refusal("a frame must be text, not binary"));
-    if (frame.length > MAX_FRAME / 3 && new Blob([frame]).size > MAX_FRAME) {
-      return this.#close(client, 1009, `a frame may have ${MAX_FRAME} bytes`);
-    }
+    if (this.#closed || !this.#sockets.has(client)) return; // unconfirmed: it is sent again, to whoever comes next
+    if (isLarge(frame)) return this.#close(client, 1009, `a frame may have ${MAX_FRAME} bytes`);
     const incoming = check(frame);
-    switch (incoming.event) {
+    if (incoming.event === "error") return this.#refuse(client, incoming);
+    const { event } = incoming, id = event === "send_message" ? incoming.id : undefined;
+    const wait = this.#spend(client, event);
+    if (wait > 0) {
+      const error = `too many of ${event}: try again in ${Math.ceil(wait / 100) / 10} s`;
+      return this.#refuse(client, refusal(error, id, wait));
+    }
+    if (!client.admitted && event !== "join") {
+      return this.#refuse(client, refusal("join with the password first", id));
+    }
+    switch (event) {
       case "send_message":
         return this.#accept(client, incoming);
       case "join":
@@ -615,12 +776,22 @@ class Room {
         return this.#news();
       case "ping":
         return this.#send(client, '{"event":"pong"}');
-      case "error":
-        return this.#refuse(client, incoming);
     }
   }
 
+  /** Takes a token from the bucket for this kind of event: 0, or the milliseconds until there is one. */
+  #spend({ full }: Limited, limit: Limit): number {
+    if (this.#rates[limit] === 0) return 0;
+    const now = performance.now();
+    const after = Math.max(full[limit] ?? 0, now) + 1000 / this.#rates[limit];
+    if (after > now + BURST) return Math.ceil(after - now - BURST);
+    full[limit] = after;
+    return 0;
+  }
+
+  /** Says what is wrong, unless the client does not care: then it is closed. */
   #refuse(client: Client, refusal: Refusal): void {
+    if (this.#spend(client, "error") > 0) return this.#close(client, 1013, "too many errors");
     this.#send(client, JSON.stringify(refusal));
   }
 
@@ -635,7 +806,30 @@ class Room {
     this.#refuse(client, refusal("the room is not able to keep more just now: try again in 1 s", id, 1000));
   }
 
-  #join(client: Client, { username, since }: Incoming & { event: "join" }): Promise<void> | void {
+  /** Lets a client in that knows the password; another is closed, and its address may not guess on at will. */
+  #admit(client: Client, password: string): void {
+    const guesser = this.#guessers.get(client.address);
+    const tired = guesser !== undefined &&
+      guesser.full.guess! > performance.now() + BURST - 1000 / RATES.guess;
+    client.admitted = !tired && isSecret(password, this.#options.password);
+    clearTimeout(client.timer);
+    if (client.admitted) return;
+    if (!tired) {
+      const one = guesser ?? { full: {} };
+      this.#spend(one, "guess");
+      this.#guessers.set(client.address, one);
+    }
+    this.#sockets.delete(client); // so that nothing more is taken from it
+    const [code, reason] = tired ? [1013, "too many wrong passwords, try again later"] : [1008, "wrong password"];
+    client.timer = setTimeout(() => client.close(code, reason), WRONG);
+  }
+
+  #join(
+    client: Client,
+    { username, since, password = "" }: Incoming & { event: "join" },
+  ): Promise<void> | void {
+    if (!client.admitted) this.#admit(client, password);
+    if (!client.admitted) return;
     const { head, oldest } = this.#log;
     if (since !== undefined && since > head) {
       return this.#refuse(client, refusal(`since is beyond the newest message, which is ${head}`));
@@ -679,7 +873,7 @@ class Room {
    * stay in the processor's cache, and nothing else waits long.
    */
   async #broadcast({ first, last, text, bytes }: Entry, accepted?: Pending[]): Promise<void> {
-    if (accepted) this.#report(first, accepted);
+    if (accepted && this.#options.log) this.#report(first, accepted);
     let served = 0, lines: string[] | undefined;
     for (const client of this.#sockets) {
       if (client.seen !== first - 1) continue;
@@ -692,10 +886,10 @@ class Room {
 
   #report(first: number, accepted: Pending[]): void {
     if (accepted.length > REPORT) {
-      return this.#print(`Message received: ${accepted.length} at once, from ${first} on`);
+      return console.log(`Message received: ${accepted.length} at once, from ${first} on`);
     }
     for (const [i, { username, message }] of accepted.entries()) {
-      this.#print(
+      console.log(
         `Message received: ${first + i} from ${JSON.stringify(username)}, ${message.length} characters`,
       );
     }
@@ -721,9 +915,7 @@ class Room {
       const frame = (first?: string, self?: string) =>
         [
           ...(first ? [first] : []),
-          ...typing.filter((name) => name !== self).map((username) =>
-            JSON.stringify({ event: "typing", username })
-          ),
+          ...typing.filter((name) => name !== self).map((username) => JSON.stringify({ event: "typing", username })),
         ].join("\n");
       const forMost = frame(changes);
       for (const client of this.#sockets) {
@@ -739,6 +931,9 @@ class Room {
 
   /** Sees what other instances did, and lets them see this one, every {@linkcode POLL}. */
   async #look(): Promise<void> {
+    for (const [address, { full }] of this.#guessers) {
+      if (full.guess! < performance.now()) this.#guessers.delete(address);
+    }
     try {
       await this.#log.look();
       await this.#presence.exchange();
@@ -783,16 +978,29 @@ async function pageHeaders(): Promise<Headers> {
   });
 }
 
-const text = (status: number, body: string, headers?: HeadersInit) =>
-  new Response(`${body}\n`, { status, headers });
+const text = (status: number, body: string, headers?: HeadersInit) => new Response(`${body}\n`, { status, headers });
 
 const isHandshake = ({ headers }: Request) => headers.get("upgrade")?.toLowerCase() === "websocket";
 
-/** Answers a handshake with a socket for the room. */
-function upgrade(request: Request, room: Room): Response {
+/** Whether the page that sends this handshake may: it is the server's own or an allowed one, or it is no page. */
+function isAllowed(request: Request, allowedOrigins: string[]): boolean {
+  const origin = request.headers.get("origin");
+  if (origin === null || allowedOrigins.includes(origin)) return true;
+  return URL.canParse(origin) && new URL(origin).host === new URL(request.url).host;
+}
+
+/** Answers a handshake with a socket for the room, or with why there is none. */
+function upgrade(
+  request: Request,
+  room: Room,
+  address: string,
+  options: Settings,
+): Response {
+  if (!isAllowed(request, options.allowedOrigins)) return text(403, "This page may not connect");
+  if (room.isFull(address)) return text(503, "The room is full", { "retry-after": "30" });
   try {
-    const { socket, response } = Deno.upgradeWebSocket(request);
-    room.add(socket);
+    const { socket, response } = Deno.upgradeWebSocket(request, options);
+    room.add(socket, address);
     return response;
   } catch {
     return text(400, "This is not a WebSocket handshake");
@@ -824,25 +1032,29 @@ function respond(request: Request, headers: Headers): Response {
  * ```
  */
 export async function startChat(options: ChatOptions = {}): Promise<Chat> {
-  const { port = 8000, hostname = "127.0.0.1", db, history = 10_000, log = true } = options;
+  const given = Object.entries(options).filter(([, value]) => value !== undefined);
+  const settings: Settings = { ...DEFAULTS, ...Object.fromEntries(given) };
+  const { port, hostname, db, tlsCert, tlsKey, trustProxy } = settings;
+  const [cert, key] = await Promise.all([tlsCert, tlsKey].map((path) => path && Deno.readTextFile(path)));
   // The database opens while the page is served already; sockets wait for it.
   const opening = (async () => {
     const kv = typeof db === "object" ? db : await Deno.openKv(db);
-    const room = new Room(kv, { history, log });
+    const room = new Room(kv, settings);
     await room.open();
     return { kv, room };
   })();
   const headers = pageHeaders();
-  const server = Deno.serve(
-    { port, hostname, onListen() {} },
-    async (request) =>
-      isHandshake(request) ? upgrade(request, (await opening).room) : respond(request, await headers),
-  );
-  let ending: Promise<void> | undefined;
+  const handler = async (request: Request, { remoteAddr }: Deno.ServeHandlerInfo<Deno.NetAddr>) => {
+    if (!isHandshake(request)) return respond(request, await headers);
+    const forwarded = trustProxy && request.headers.get("x-forwarded-for")?.split(",").at(-1)?.trim();
+    return upgrade(request, (await opening).room, forwarded || remoteAddr.hostname, settings);
+  };
+  const server = Deno.serve({ port, hostname, cert, key, onListen() {} }, handler);
   const { kv, room } = await opening.catch(async (error) => {
     await server.shutdown();
     throw error;
   });
+  let ending: Promise<void> | undefined;
   const shutdown = () =>
     ending ??= (async () => {
       await room.close();
@@ -852,28 +1064,9 @@ export async function startChat(options: ChatOptions = {}): Promise<Chat> {
   return { addr: server.addr, shutdown, [Symbol.asyncDispose]: shutdown };
 }
 
-/** The settings that the environment names. Throws a `RangeError` for one that makes no sense. */
-function settings(): ChatOptions {
-  const get = (name: string) => Deno.env.get(name) || undefined;
-  const whole = (name: string, least: number, most: number) => {
-    const value = get(name) && Number(get(name));
-    if (value === undefined || isWhole(value) && value >= least && value <= most) return value;
-    throw new RangeError(`${name} must be a whole number from ${least} to ${most}, not "${get(name)}"`);
-  };
-  const log = get("LOG") ?? "on";
-  if (log !== "on" && log !== "off") throw new RangeError(`LOG must be on or off, not "${log}"`);
-  return {
-    port: whole("PORT", 0, 65_535),
-    hostname: get("HOST"),
-    db: get("CHAT_DB"),
-    history: whole("CHAT_HISTORY", 1, 10_000_000),
-    log: log === "on",
-  };
-}
-
 /** Where the page can be opened: each of the machine's addresses, if it listens on all of them. */
-function addresses({ hostname, port }: Deno.NetAddr): string[] {
-  const name = (address: string) => `http://${address.includes(":") ? `[${address}]` : address}:${port}/`;
+function addresses({ hostname, port }: Deno.NetAddr, scheme: string): string[] {
+  const name = (address: string) => `${scheme}://${address.includes(":") ? `[${address}]` : address}:${port}/`;
   if (hostname !== "0.0.0.0" && hostname !== "::") return [name(hostname)];
   const { state } = Deno.permissions.querySync({ name: "sys", kind: "networkInterfaces" });
   const interfaces = state === "granted" ? Deno.networkInterfaces() : [];
@@ -883,11 +1076,21 @@ function addresses({ hostname, port }: Deno.NetAddr): string[] {
   return ["localhost", ...reachable.map(({ address }) => address)].map(name);
 }
 
+/** Says where the chat is, and who can come. */
+function announce(addr: Deno.NetAddr, { password, tlsCert }: ChatOptions): void {
+  const urls = addresses(addr, tlsCert ? "https" : "http");
+  console.log(`The chat is open: ${urls.join("  ")}`);
+  const local = /^(127\.|::1$|localhost$)/.test(addr.hostname);
+  if (!local && !password) {
+    console.log("Whoever can reach it can read and write. CHAT_PASSWORD would keep it closed.");
+  }
+}
+
 if (import.meta.main) {
   try {
-    const options = settings();
+    const options = environment();
     const chat = await startChat(options);
-    if (options.log) console.log(`The chat is open: ${addresses(chat.addr).join("  ")}`);
+    if (options.log ?? DEFAULTS.log) announce(chat.addr, options);
     const end = async () => {
       await chat.shutdown();
       Deno.exit();

@@ -128,18 +128,18 @@ class Client {
   }
 }
 
-/** A chat that keeps nothing and logs nothing, on a port of its own. */
-const start = (options: ChatOptions = {}) => startChat({ port: 0, db: ":memory:", log: false, ...options });
+/** A chat that keeps, logs and limits nothing, on a port of its own. */
+const start = (options: ChatOptions = {}) =>
+  startChat({ port: 0, db: ":memory:", log: false, rateLimit: 0, ...options });
 
 const texts = (events: Event[]): string[] => events.map(({ message }) => message);
 const seqs = (events: Event[]): number[] => events.map(({ seq }) => seq);
-const count = (from: number, to: number): number[] =>
-  Array.from({ length: to - from + 1 }, (_, i) => from + i);
+const count = (from: number, to: number): number[] => Array.from({ length: to - from + 1 }, (_, i) => from + i);
 
 /** A file for a database that is gone with the test. */
-async function temporary(): Promise<AsyncDisposable & { db: string }> {
+async function temporary(): Promise<AsyncDisposable & { db: string; folder: string }> {
   const folder = await Deno.makeTempDir();
-  return { db: `${folder}/chat.db`, [Symbol.asyncDispose]: () => Deno.remove(folder, { recursive: true }) };
+  return { db: `${folder}/chat.db`, folder, [Symbol.asyncDispose]: () => Deno.remove(folder, { recursive: true }) };
 }
 
 /** The program itself, in a process of its own. */
@@ -151,10 +151,10 @@ class Program {
   readonly #read: Promise<unknown>;
   #heard = Promise.withResolvers<void>();
 
-  constructor(env: Record<string, string>) {
+  constructor(env: Record<string, string>, more = DISK) {
     this.#process = new Deno.Command(Deno.execPath(), {
-      args: ["run", "--no-prompt", ...FLAGS, ...DISK, "main.ts"],
-      env: { PORT: "0", CHAT_DB: ":memory:", ...env },
+      args: ["run", "--no-prompt", ...FLAGS, ...more, "main.ts"],
+      env: { PORT: "0", CHAT_DB: ":memory:", RATE_LIMIT: "0", ...env },
       stdout: "piped",
       stderr: "piped",
     }).spawn();
@@ -652,9 +652,7 @@ class Talker {
         try {
           await client.until(() => client.closed || client.opened);
           for (const message of batch) client.send({ username: this.name, ...message });
-          await client.until(() =>
-            client.closed || batch.every(({ id }) => client.events.some((e) => e.id === id))
-          );
+          await client.until(() => client.closed || batch.every(({ id }) => client.events.some((e) => e.id === id)));
           if (!client.closed) break;
         } finally {
           await client[Symbol.asyncDispose]();
@@ -744,7 +742,7 @@ async function everything(chat: { addr: { port: number } }): Promise<Event[]> {
 
 Deno.test("a server that is killed again and again loses nothing and doubles nothing", async () => {
   await using file = await temporary();
-  const env = { CHAT_DB: file.db, LOG: "off", RATE_LIMIT: "0", PORT: `${freePort()}` };
+  const env = { CHAT_DB: file.db, LOG: "off", PORT: `${freePort()}` };
   const addr = { port: Number(env.PORT) };
   let program = new Program(env);
   program.port = addr.port;
@@ -820,7 +818,7 @@ Deno.test("two instances on one database are one room", async () => {
 
 Deno.test("two processes on one file are one room, and one that dies is not here any more", async () => {
   await using file = await temporary();
-  const env = { CHAT_DB: file.db, RATE_LIMIT: "0" };
+  const env = { CHAT_DB: file.db };
   await using one = await Program.start(env);
   await using two = await Program.start(env);
   await using ada = await Client.open(one, { username: "Ada" });
@@ -954,6 +952,349 @@ Deno.test("a client that does not read is cut off, and finds everything when it 
   assertEquals(seqs(back.messages()), count(seen.length + 1, sent));
 });
 
+// ───────────────────────────────────────────── On the open internet ─────────────────────────────────────────────
+
+Deno.test("a handshake from another site is refused before the upgrade", async () => {
+  await using chat = await start({ allowedOrigins: ["https://chat.example"] });
+  const status = async (...headers: string[]) => {
+    using raw = await Raw.connect(chat.addr.port, ...HANDSHAKE, ...headers);
+    return (await raw.head()).split(" ")[1];
+  };
+  assertEquals(await status(), "101");
+  assertEquals(await status("Origin: http://chat.test"), "101");
+  assertEquals(await status("Origin: https://chat.test"), "101");
+  assertEquals(await status("Origin: https://chat.example"), "101");
+  assertEquals(await status("Origin: http://chat.example"), "403");
+  assertEquals(await status("Origin: http://chat.test:81"), "403");
+  assertEquals(await status("Origin: http://chat.test.evil.example"), "403");
+  assertEquals(await status("Origin: null"), "403");
+  assertEquals(await status("Origin: "), "403");
+});
+
+Deno.test("the page may run its own script and style and nothing else", async () => {
+  await using chat = await start();
+  const response = await fetch(`http://127.0.0.1:${chat.addr.port}/`);
+  const html = await response.text();
+  const policy = response.headers.get("content-security-policy")!;
+  for (const tag of ["script", "style"]) {
+    const [, content] = html.match(new RegExp(`<${tag}[^>]*>([^]*?)</${tag}>`))!;
+    const digest = await crypto.subtle.digest("SHA-256", new TextEncoder().encode(content));
+    assert(policy.includes(`${tag}-src 'sha256-${new Uint8Array(digest).toBase64()}'`), tag);
+  }
+  const strict = [
+    "default-src 'none'",
+    "connect-src 'self'",
+    "frame-ancestors 'none'",
+    "base-uri 'none'",
+    "form-action 'none'",
+  ];
+  for (const directive of strict) assert(policy.includes(directive), directive);
+  assert(!policy.includes("unsafe"));
+  const headers = {
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+  };
+  for (const [name, value] of Object.entries(headers)) assertEquals(response.headers.get(name), value);
+  assert(response.headers.has("permissions-policy"));
+});
+
+Deno.test("who does not know the password sees nothing and can say nothing", async () => {
+  await using chat = await start({ password: "pässword" });
+  await using ada = await Client.open(chat, { username: "Ada", password: "pässword" });
+  await using stranger = await Client.open(chat);
+  for (const event of [{ username: "Eve", message: "Hi" }, { event: "history", before: 9 }, { event: "ping" }]) {
+    assertMatch((await stranger.ask(event, () => true)).error, /password/);
+  }
+  await ada.say("a secret");
+  stranger.send({ event: "join", username: "Eve", password: "passwort" });
+  stranger.send({ event: "join", username: "Eve", password: "pässword" });
+  stranger.send({ username: "Eve", message: "let me in" });
+  const begun = performance.now();
+  assertEquals((await stranger.ended()).code, 1008);
+  assert(performance.now() - begun > 500, "a wrong password is answered after a pause");
+  assertEquals(stranger.events.filter(({ event }) => event !== "error"), []);
+  assertEquals(texts(ada.messages()), ["a secret"]);
+  assert(!ada.events.some(({ joined }) => joined?.includes("Eve")));
+});
+
+Deno.test("an address that guesses passwords has to wait, and nobody else", async () => {
+  await using chat = await start({ password: "secret", trustProxy: true });
+  const guess = async (password: string, address: string) => {
+    const raw = await Raw.open(chat.addr.port, `X-Forwarded-For: 203.0.113.9, ${address}`);
+    await raw.frame(JSON.stringify({ event: "join", username: "Eve", password }));
+    return raw;
+  };
+  const guesses = await Promise.all(count(1, 12).map((i) => guess(`guess ${i}`, "192.0.2.1")));
+  const innocent = await guess("secret", "192.0.2.1");
+  const elsewhere = await guess("secret", "192.0.2.2");
+  const codes = (await Promise.all(guesses.map((raw) => raw.drain()))).map(({ code }) => code);
+  assert(codes.includes(1008));
+  assert(codes.filter((code) => code === 1013).length >= 5, codes.join());
+  assertEquals((await innocent.drain()).code, 1013);
+  await using ada = await Client.open(chat, { username: "Ada", password: "secret" });
+  const { users } = await ada.until(() => ada.events.find(({ event }) => event === "presence"));
+  assertEquals(users.sort(), ["Ada", "Eve"]);
+  elsewhere[Symbol.dispose]();
+});
+
+Deno.test("who does not join a room with a password within ten seconds is closed", async () => {
+  await using chat = await start({ password: "secret" });
+  await using idle = await Client.open(chat);
+  assertEquals((await idle.ended()).code, 1008);
+});
+
+Deno.test("a flood is held back, and an honest sender loses nothing", async () => {
+  await using chat = await start({ rateLimit: 5 });
+  await using ada = await Client.open(chat, { username: "Ada" });
+  await using grace = await Client.open(chat, { username: "Grace" });
+  for (let i = 1; i <= 40; i++) ada.send({ username: "Ada", message: `${i}`, id: `${i}` });
+  const refused = () => ada.events.filter(({ event }) => event === "error");
+  await ada.until(() => refused().length + ada.messages().length === 40);
+  assert(ada.messages().length >= 25 && ada.messages().length <= 30, `${ada.messages().length} came through`);
+  for (const { id, error, retry_after } of refused()) {
+    assertMatch(error, /too many .* try again in [\d.]+ s/);
+    assert(retry_after > 0 && retry_after <= 1000 && Number(id) > 25);
+  }
+  assertEquals((await grace.say("I am not concerned")).event, "receive_message");
+  const { id, retry_after } = refused()[0];
+  await new Promise((resolve) => setTimeout(resolve, retry_after));
+  await ada.ask({ username: "Ada", message: "again", id }, (event) => event.id === id && event.seq);
+});
+
+Deno.test("pings, joins, typing and history are limited too", async () => {
+  await using chat = await start({ rateLimit: 20 });
+  for (const event of ["ping", "join", "typing", "history"]) {
+    await using eve = await Client.open(chat, { username: "Eve" });
+    for (let i = 0; i < 40; i++) eve.send({ event, before: 1 });
+    const { error, retry_after } = await eve.until(() => eve.events.find(({ event }) => event === "error"));
+    assertMatch(error, new RegExp(`too many of ${event}: try again`));
+    assert(retry_after > 0 && retry_after <= 1000);
+  }
+});
+
+Deno.test("a client that ignores the errors is closed", async () => {
+  await using chat = await start({ rateLimit: 20 });
+  await using eve = await Client.open(chat);
+  for (let errors = 0; !eve.closed; errors++) {
+    assert(errors < 1000, "it was never closed");
+    eve.send("nonsense");
+    await eve.until(() => eve.closed || eve.events.length > errors);
+  }
+  assertEquals(eve.closed.code, 1013);
+});
+
+Deno.test("a room that is full answers 503, and lets the next in when someone leaves", async () => {
+  await using chat = await start({ maxClients: 3, maxClientsPerAddress: 2, trustProxy: true });
+  const come = (address: string) => Raw.connect(chat.addr.port, ...HANDSHAKE, `X-Forwarded-For: ${address}`);
+  using first = await come("192.0.2.1");
+  assertMatch(await first.head(), /^HTTP\/1.1 101 /);
+  using second = await come("192.0.2.1");
+  assertMatch(await second.head(), /^HTTP\/1.1 101 /);
+  using third = await come("192.0.2.1");
+  assertMatch(await third.head(), /^HTTP\/1.1 503 [^]*\r\nretry-after: \d+\r\n/i);
+  using other = await come("192.0.2.2");
+  assertMatch(await other.head(), /^HTTP\/1.1 101 /);
+  using late = await come("192.0.2.3");
+  assertMatch(await late.head(), /^HTTP\/1.1 503 /);
+  first[Symbol.dispose]();
+  const deadline = Date.now() + DEADLINE;
+  for (let status = ""; status !== "101";) {
+    using again = await come("192.0.2.3");
+    status = (await again.head()).split(" ")[1];
+    assert(Date.now() < deadline, "nobody was let in again");
+  }
+});
+
+Deno.test("a frame over 64 KiB closes its connection with 1009", async () => {
+  await using chat = await start();
+  for (const frame of ["x".repeat(65_537), "€".repeat(22_000), new Uint8Array(65_537)]) {
+    await using eve = await Client.open(chat);
+    eve.send(frame);
+    assertEquals((await eve.ended()).code, 1009);
+    assertEquals(eve.events, []);
+  }
+  await using ada = await Client.open(chat);
+  assertMatch((await ada.ask(" ".repeat(65_536), () => true)).error, /JSON/);
+});
+
+Deno.test("a peer that does not answer pings is closed, and one that does stays", async () => {
+  await using chat = await start({ idleTimeout: 1 });
+  await using ada = await Client.open(chat, { username: "Ada" });
+  using dead = await Raw.open(chat.addr.port);
+  await dead.frame('{"event":"join","username":"Dead"}');
+  await ada.until(() => ada.events.some(({ online }) => online === 2));
+  await ada.until(() => ada.events.some(({ left }) => left?.includes("Dead")));
+  assertEquals(ada.closed, undefined);
+});
+
+/** Two who chat on, whatever happens to others; at the end they have lost nothing. */
+async function undisturbed(chat: { addr: { port: number } }, disturb: () => Promise<void>): Promise<void> {
+  await using ada = await Client.open(chat, { username: "Ada" });
+  await using grace = await Client.open(chat, { username: "Grace" });
+  let said = 0, disturbing = true;
+  const talking = (async () => {
+    while (disturbing) {
+      await (said % 2 ? ada : grace).say(`${++said}`);
+      await new Promise((resolve) => setTimeout(resolve, 20));
+    }
+  })();
+  await disturb();
+  disturbing = false;
+  await talking;
+  const own = (client: Client) => client.messages().filter(({ username }) => /^(Ada|Grace)$/.test(username));
+  for (const client of [ada, grace]) {
+    await client.until(() => own(client).length === said);
+    assertEquals(texts(own(client)), count(1, said).map(String));
+    assertEquals(client.closed, undefined);
+  }
+}
+
+Deno.test("broken bytes end at most their own connection", async () => {
+  await using chat = await start({ idleTimeout: 1 });
+  const hello = '{"username":"Eve","message":"Hi"}';
+  const broken: [string, (raw: Raw) => Promise<void>][] = [
+    ["invalid UTF-8", (raw) => raw.frame(new Uint8Array([0x22, 0xc3, 0x28, 0xff, 0x22]))],
+    ["a frame that is not masked", (raw) => raw.frame("[]", { masked: false })],
+    ["a frame that ends too early", (raw) => raw.frame("[]", { length: 60_000 })],
+    ["a frame that says it has 2 GiB", (raw) => raw.frame("[]", { length: 2 ** 31 - 1 })],
+    ["an opcode that does not exist", (raw) => raw.frame("[]", { head: 0x83 })],
+    ["reserved bits", (raw) => raw.frame("[]", { head: 0xf1 })],
+    ["a continuation of nothing", (raw) => raw.frame("[]", { head: 0x80 })],
+    ["a fragmented ping", (raw) => raw.frame("x", { head: 0x09 })],
+    ["a ping that is too long", (raw) => raw.frame("x".repeat(126), { head: 0x89 })],
+    ["a close code that does not exist", (raw) => raw.frame(new Uint8Array([0xff, 0xff]), { head: 0x88 })],
+    ["half a close code", (raw) => raw.frame(new Uint8Array([3]), { head: 0x88 })],
+    ["deep JSON", (raw) => raw.frame("[".repeat(60_000))],
+    ["deep JSON that ends", (raw) => raw.frame(`${"[".repeat(30_000)}${"]".repeat(30_000)}`)],
+    ["a prototype", (raw) => raw.frame('{"__proto__":{"event":"send_message","username":"Eve","message":"Hi"}}')],
+    ["a constructor", (raw) => raw.frame('{"constructor":{"prototype":{"message":"Hi"}},"event":"toString"}')],
+    ["names that are objects", (raw) => raw.frame('{"username":{"length":3},"message":["Hi"],"id":{}}')],
+    ["a huge number", (raw) => raw.frame(`{"event":"join","since":1e999}`)],
+    ["another frame after the close", async (raw) => {
+      await raw.frame(new Uint8Array([3, 232]), { head: 0x88 });
+      await raw.frame(hello);
+    }],
+    ["nothing", () => Promise.resolve()],
+  ];
+  await undisturbed(chat, async () => {
+    for (const [what, send] of broken) {
+      using raw = await Raw.open(chat.addr.port);
+      await send(raw).catch(() => {});
+      await raw.frame("", { head: 0x88 }).catch(() => {});
+      const { frames } = await raw.drain();
+      for (const frame of frames) {
+        const event = JSON.parse(frame);
+        assert(event.event === "error" || /^(Ada|Grace)$/.test(event.username), `${what}: ${frame}`);
+        if (event.event === "error") assert(!/\bat |main\.ts|file:|\//.test(event.error), frame);
+      }
+    }
+    using half = await Raw.connect(chat.addr.port, "GET / HTTP/1.1", "Upgrade: websocket");
+    assertMatch(await half.head(), /^HTTP\/1.1 4\d\d /);
+    using none = await Raw.connect(chat.addr.port, "\u0016\u0003\u0001");
+    await none.drain();
+  });
+});
+
+Deno.test("ten thousand random frames disturb nobody", async () => {
+  const seed = Number(Deno.env.get("SEED") ?? crypto.getRandomValues(new Uint32Array(1))[0]);
+  console.log(`SEED=${seed} repeats this`);
+  let state = seed;
+  const random = (below: number) => {
+    state = (Math.imul(state, 1_664_525) + 1_013_904_223) >>> 0;
+    return Math.floor(state / 2 ** 32 * below);
+  };
+  const pick = <T>(...values: T[]): T => values[random(values.length)];
+  const value = (): unknown =>
+    pick<() => unknown>(
+      () => random(1000) - 500,
+      () =>
+        pick("send_message", "join", "history", "typing", "ping", "__proto__", "Eve", "", "\u0000", "\ud800", "\u202e"),
+      () => "x".repeat(random(3000)),
+      () => null,
+      () => [value(), value()],
+      () => ({ [pick("event", "message", "__proto__")]: value() }),
+    )();
+  const frame = (): string | Uint8Array => {
+    const event: Record<string, unknown> = {};
+    for (const key of ["event", "username", "message", "id", "since", "before", "password"]) {
+      if (random(2)) event[key] = value();
+    }
+    const text = new TextEncoder().encode(JSON.stringify(event));
+    if (random(4) === 0 && text.length > 0) text[random(text.length)] = random(256);
+    return random(4) === 0 ? text.subarray(0, random(text.length)) : text;
+  };
+  await using chat = await start({ rateLimit: 1000 });
+  await undisturbed(chat, async () => {
+    for (let sent = 0; sent < 10_000;) {
+      using raw = await Raw.open(chat.addr.port);
+      const reading = raw.drain();
+      try {
+        for (let i = 0; i < 100 && sent < 10_000; i++, sent++) {
+          await raw.frame(frame(), { head: random(8) ? 0x81 : random(256), masked: random(50) > 0 });
+        }
+        await raw.frame("", { head: 0x88 });
+      } catch {
+        // The server has closed it, as it should.
+      }
+      for (const line of (await reading).frames.flatMap((frame) => frame.split("\n"))) JSON.parse(line);
+    }
+  });
+});
+
+Deno.test("with a certificate it serves HTTPS and WSS", async () => {
+  const folder = await Deno.makeTempDir();
+  try {
+    const [tlsCert, tlsKey] = [`${folder}/cert.pem`, `${folder}/key.pem`];
+    await Deno.writeTextFile(tlsCert, CERTIFICATE);
+    await Deno.writeTextFile(tlsKey, KEY);
+    await using chat = await start({ tlsCert, tlsKey });
+    using client = Deno.createHttpClient({ caCerts: [CERTIFICATE] });
+    const page = await fetch(`https://localhost:${chat.addr.port}/healthz`, { client });
+    assertEquals(await page.text(), "ok\n");
+    const socket = new WebSocket(`wss://localhost:${chat.addr.port}/`, { client });
+    await new Promise((resolve) => socket.onopen = resolve);
+    const answer = new Promise<string>((resolve) => socket.onmessage = ({ data }) => resolve(data));
+    socket.send('{"event":"ping"}');
+    assertEquals(await answer, '{"event":"pong"}');
+    const closed = new Promise((resolve) => socket.onclose = resolve);
+    socket.close();
+    await closed;
+  } finally {
+    await Deno.remove(folder, { recursive: true });
+  }
+});
+
+Deno.test("the program needs no disk, and says when everyone can come in", async () => {
+  await using file = await temporary(); // so that Deno's own storage is not the developer's
+  await using program = new Program({ HOST: "0.0.0.0", CHAT_DB: "", DENO_DIR: file.folder }, []);
+  program.port = Number((await program.says(/open: http:\/\/localhost:(\d+)\/ .*127\.0\.0\.1/))[1]);
+  await program.says(/CHAT_PASSWORD/);
+  await using ada = await Client.open(program, { username: "Ada" });
+  assertEquals((await ada.say("kept")).seq, 1);
+});
+
+/** For localhost, signed by itself, and good for nothing else. */
+const CERTIFICATE = `-----BEGIN CERTIFICATE-----
+MIIBlzCCAT6gAwIBAgIUYB9VBnO4QjDJM4qWcC1FC3qjisowCgYIKoZIzj0EAwIw
+FDESMBAGA1UEAwwJbG9jYWxob3N0MCAXDTI2MTEyMjE3MjgzM1oYDzIxMjYxMDI5
+MTcyODMzWjAUMRIwEAYDVQQDDAlsb2NhbGhvc3QwWTATBgcqhkjOPQIBBggqhkjO
+PQMBBwNCAATueXFRf+GiY90ove7JADAPaVv6Z6CWNRUKZRVJgz69TVIeAewvSrMF
+v+AxiBCWZ2EFLDs3ieRTwoKL5MD8bgxQo2wwajAdBgNVHQ4EFgQUHVaVpWID7oLZ
+M1whUsv74ZHBAmMwHwYDVR0jBBgwFoAUHVaVpWID7oLZM1whUsv74ZHBAmMwGgYD
+VR0RBBMwEYIJbG9jYWxob3N0hwR/AAABMAwGA1UdEwEB/wQCMAAwCgYIKoZIzj0E
+AwIDRwAwRAIgNvpDxha4kKHo/6DiDik8FLBrnDZ/OBt5lipxy08WDXQCIBBowC2B
+JEifcE7OKRsanROtBWJ4zGAZxo7Vp85nQUd0
+-----END CERTIFICATE-----
+`;
+const KEY = `-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQg0Mxmw1IMPdPA9htO
+hekOMl2lnHzdZUUL98Zz3lAcQHyhRANCAATueXFRf+GiY90ove7JADAPaVv6Z6CW
+NRUKZRVJgz69TVIeAewvSrMFv+AxiBCWZ2EFLDs3ieRTwoKL5MD8bgxQ
+-----END PRIVATE KEY-----
+`;
+
 // ───────────────────────────────────────────────────── The page ─────────────────────────────────────────────────────
 
 /** Chromium, driven through the WebDriver protocol with plain `fetch`. */
@@ -972,8 +1313,7 @@ class Browser {
     while (!/on port (\d+)\.\s/.test(said)) said += (await output.read()).value ?? "";
     void output.read().catch(() => {});
     this.#base = `http://127.0.0.1:${said.match(/on port (\d+)\.\s/)![1]}/session`;
-    const args =
-      "headless=new no-sandbox disable-gpu disable-background-networking disable-component-update " +
+    const args = "headless=new no-sandbox disable-gpu disable-background-networking disable-component-update " +
       "disable-sync no-first-run disable-background-timer-throttling disable-renderer-backgrounding " +
       "disable-backgrounding-occluded-windows disable-dev-shm-usage lang=en-GB window-size=1100,800";
     const { sessionId } = await this.#ask("POST", "", {
@@ -1133,13 +1473,7 @@ function pageTest(
     sanitizeResources: false,
     async fn() {
       const browser = await (opened ??= new Browser().open());
-      const chat = await startChat({
-        port: 0,
-        hostname: "127.0.0.1",
-        db: ":memory:",
-        log: false,
-        ...options,
-      });
+      const chat = await start(options);
       const url = `http://127.0.0.1:${chat.addr.port}/`;
       const guests: Client[] = [];
       const first = await browser.tab();
@@ -1502,17 +1836,47 @@ pageTest("shows a refused message with the reason, and gives it back", async ({ 
   await browser.reload();
   await until(`/1 to 2000/.test(document.querySelector(".refused .trouble")?.textContent)`);
   await until(`document.querySelector("#rows")?.innerText.includes("behind it")`);
+  await browser.run(`document.querySelector(".refused").old = true`);
   await browser.click(".trouble button:nth-of-type(1)");
+  await until(`document.querySelector(".refused .trouble")?.closest(".refused").old === undefined`);
   await until(`/1 to 2000/.test(document.querySelector(".refused .trouble")?.textContent)`);
   await browser.click(".trouble button:nth-of-type(2)");
   await until(`${SETTLED} && ${VALUE}.length === 2001`);
   assertEquals(await browser.run(`return JSON.parse(sessionStorage["chat.outbox"])`), []);
 });
 
+pageTest("sends by itself what came too fast", async ({ enter, browser, until }) => {
+  await enter("Ada");
+  await browser.run(
+    `const field = document.querySelector("#message");
+    for (const text of arguments[0]) {
+      field.value = text;
+      document.querySelector("#composer").requestSubmit();
+    }`,
+    numbered(15),
+  );
+  await until(`${SETTLED} && document.querySelectorAll("#rows .row").length === 15`);
+  assertEquals(await browser.run(`return ${TEXTS}`), numbered(15));
+}, { rateLimit: 2 });
+
+pageTest("asks for the password of the room", async ({ browser, url, until, say }) => {
+  await browser.goTo(url);
+  await until(`document.activeElement.id === "password"`);
+  await browser.type("#password", `wrong${ENTER}`);
+  await until(`/not the password/.test(document.querySelector("#gate").textContent)`);
+  await browser.type("#password", `secret${ENTER}`);
+  await until(`${STATUS} === "Connected" && document.querySelector("#gate").hidden`);
+  await browser.reload();
+  await until(`${STATUS} === "Connected"`);
+  await browser.type("#name", `Ada${ENTER}`);
+  await say("I am in");
+  await until(`${SETTLED} && ${TEXTS}[0] === "I am in"`);
+}, { password: "secret" });
+
 pageTest("outlives the server", async ({ browser, until, say }) => {
   const db = await Deno.makeTempFile({ suffix: ".db" });
-  const start = (port: number) => startChat({ port, hostname: "127.0.0.1", db, log: false });
-  let chat = await start(0);
+  const restart = (port: number) => start({ port, db });
+  let chat = await restart(0);
   const address = `http://127.0.0.1:${chat.addr.port}/`;
   const come = async (name: string) => {
     await browser.goTo(address);
@@ -1534,7 +1898,7 @@ pageTest("outlives the server", async ({ browser, until, say }) => {
     await until(
       `document.querySelector(".waiting") && /Sending/.test(document.querySelector("#waiting").textContent)`,
     );
-    chat = await start(chat.addr.port);
+    chat = await restart(chat.addr.port);
     await until(`${SETTLED} && ${TEXTS}.join() === "before,meanwhile"`);
     await browser.switchTo(first);
     await until(`${STATUS} === "Connected" && ${TEXTS}.join() === "before,meanwhile"`);
@@ -1555,7 +1919,7 @@ pageTest("starts over in another room", async ({ browser, chat, enter, until, sa
   await chat.shutdown();
   await until(`/Offline/.test(${STATUS})`);
   await say("kept");
-  const other = await startChat({ port: chat.addr.port, hostname: "127.0.0.1", db: ":memory:", log: false });
+  const other = await start({ port: chat.addr.port });
   try {
     await browser.click("#retry").catch(() => {});
     await until(`${SETTLED} && ${TEXTS}.join() === "kept"`);
