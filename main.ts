@@ -691,9 +691,11 @@ class Room {
       full: {},
     });
     client.onopen = () => {
-      if (this.isFull(address)) client.close(1013, "the room is full");
+      const isFull = this.isFull(address); // others may have come since the handshake
       this.#connections++;
       this.#addresses.set(address, (this.#addresses.get(address) ?? 0) + 1);
+      if (this.#closed) return client.close(1001, "the server is going away");
+      if (isFull) return client.close(1013, "the room is full");
       if (admitted) client.seen = this.#log.head;
       else client.timer = setTimeout(() => this.#close(client, 1008, "no password in time"), JOIN);
       this.#sockets.add(client);

@@ -190,6 +190,10 @@ class Program {
     throw new Error(`never printed: ${pattern}\n${this.output}`);
   }
 
+  get pid(): number {
+    return this.#process.pid;
+  }
+
   /** Resolves when it serves. */
   async answers(): Promise<void> {
     const deadline = Date.now() + DEADLINE;
@@ -1482,7 +1486,7 @@ function pageTest(
           await new Promise((resolve) => setTimeout(resolve, 10));
           if (Date.now() < end) continue;
           throw new Error(
-            `never true: ${expression}\n${await browser.run("return document.body.innerText")}`,
+            `never true: ${expression}\n${(await browser.run("return document.body.innerText")).slice(-1000)}`,
           );
         }
       };
@@ -1673,6 +1677,13 @@ pageTest(
       ),
       ["Today"],
     );
+    // The letter stands beside the bubble, also where a line is above.
+    assert(
+      await browser.run(
+        `const { left, top } = document.querySelector(".bubble").getBoundingClientRect();
+        return document.elementFromPoint(left - 24, top + 8).className === "bubble"`,
+      ),
+    );
     const [short, exact] = await browser.run(
       `const time = document.querySelector("time"); return [time.textContent, time.title]`,
     );
@@ -1759,6 +1770,28 @@ pageTest("loads older messages and keeps the place", async ({ browser, guest, en
   assertEquals(shown, numbered(700).slice(-shown.length));
 });
 
+pageTest("misses no long message on the way down", async ({ browser, guest, enter, until }) => {
+  // Six characters each on the wire: then a page of the history has fewer messages than others.
+  const ada = await guest("Ada");
+  const long = numbered(520).map((text) => text + "\u0001".repeat(1900));
+  await ada.say(...long);
+  await enter("Grace");
+  await until(`${TEXTS}.length > 10 && ${AT_END}`);
+  await until(`(${LOG}.scrollTop = 0, ${TEXTS}[0].startsWith("message 1\u0001"))`);
+  await browser.run(`window.seen = new Set()`);
+  await until(`(${LOG}.scrollTop += 5000, ${TEXTS}.forEach((text) => seen.add(parseInt(text.slice(8)))),
+    seen.has(520))`);
+  assertEquals(await browser.run(`return seen.size`), 520);
+  assertEquals(await browser.run(`return /no longer kept/.test(${LOG}.textContent)`), false);
+});
+
+pageTest("fills a tall window", async ({ browser, guest, enter, until }) => {
+  await (await guest("Ada")).say(...numbered(150));
+  await browser.look(1100, 4000);
+  await enter("Grace");
+  await until(`${TEXTS}.length > 80 && ${AT_END} && ${LOG}.scrollHeight > ${LOG}.clientHeight`);
+});
+
 pageTest("marks where this person had left", async ({ browser, guest, enter, url, until }) => {
   const ada = await guest("Ada");
   await ada.say("before");
@@ -1771,6 +1804,12 @@ pageTest("marks where this person had left", async ({ browser, guest, enter, url
   const marked = `[...document.querySelectorAll(".left")].map((node) =>
     node.parentNode.querySelector(".text").textContent).join()`;
   await until(`${marked} === "meanwhile"`);
+  // What comes while it is looked at was not missed.
+  await browser.reload();
+  await until(`${TEXTS}.length === 3`);
+  await ada.say("live");
+  await until(`${TEXTS}.length === 4`);
+  assertEquals(await browser.run(`return ${marked}`), "");
 });
 
 pageTest("keeps the name and the draft", async ({ browser, enter, url, until }) => {
@@ -1965,9 +2004,20 @@ pageTest("shows who is here and who types", async ({ browser, guest, enter, unti
 });
 
 pageTest("counts a reader without a name", async ({ browser, guest, url, until }) => {
-  await guest("Ada");
+  const more = `document.querySelector("#more").textContent`;
+  const ada = await guest("Ada");
   await browser.goTo(url);
   await until(`${PEOPLE}.join() === "Ada" && document.querySelector("#here").textContent === "2 here"`);
+  // That one more is this reader.
+  assertEquals(await browser.run(`return [document.querySelector("#names li").innerText, ${more}]`), [
+    "No name yet (you)",
+    "",
+  ]);
+  await guest("Item 10");
+  await guest("Item 9");
+  await until(`${PEOPLE}.join() === "Ada,Item 9,Item 10"`);
+  await ada[Symbol.asyncDispose]();
+  await until(`/Ada left/.test(${COMPANY})`);
 });
 
 pageTest("counts in the title while it is not looked at", async ({ browser, guest, enter, until }) => {
@@ -2050,7 +2100,7 @@ pageTest("fits any width in both themes", async ({ browser, guest, enter, until 
         row.style.setProperty("--hue", hue);
         const [name, bubble] = [row.querySelector(".name"), row.querySelector(".bubble")];
         least = Math.min(least, ratio(style(name).color, style(bubble).backgroundColor),
-          ratio(style(row, "::before").color, style(row, "::before").backgroundColor));
+          ratio(style(bubble, "::before").color, style(bubble, "::before").backgroundColor));
       }
       return least`);
     assert(contrast >= 4.5, `${contrast} in the ${theme} theme`);
@@ -2058,7 +2108,7 @@ pageTest("fits any width in both themes", async ({ browser, guest, enter, until 
 });
 
 pageTest("stays usable at 5,000 messages a second", async ({ browser, guest, enter, until, say }) => {
-  const [seconds, batches] = [5, 50];
+  const [seconds, batches] = [10, 50];
   const ada = await guest("Ada");
   await enter("Grace");
   await browser.run(`window.longest = 0;
@@ -2081,11 +2131,187 @@ pageTest("stays usable at 5,000 messages a second", async ({ browser, guest, ent
   await until(`${TEXTS}.length > 10`);
   await browser.type("#message", "typed meanwhile");
   assertEquals(await browser.run(`return ${VALUE}`), "typed meanwhile");
+  // Someone reads further up meanwhile, and comes back.
+  await until(`(${LOG}.scrollTop = 0, !document.querySelector("#down").hidden)`);
+  const held = await browser.run(`return ${TEXTS}[0]`);
+  await until(`(${LOG}.scrollTop = 0, ${TEXTS}[0] !== arguments[0])`, held);
+  await browser.press(ESCAPE);
+  await until(AT_END);
   assert(await browser.run(`return ${TEXTS}.length <= 310`));
   await flood;
+  const end = performance.now();
   await until(`${TEXTS}.at(-1)?.startsWith("flood ${seconds * 5000},") && ${AT_END}`);
+  assert(performance.now() - end < 1000, "shows the newest too late");
   await say("");
   await until(`${SETTLED} && ${TEXTS}.at(-1) === "typed meanwhile"`);
   const longest = await browser.run("return longest");
   assert(longest < 100, `a task of ${longest} ms`);
 });
+
+// ─────────────────────────────────────────────────── Benchmarks ───────────────────────────────────────────────────
+
+/** The chat as it is usually written: each message is sent to each socket, one at a time, and kept nowhere. */
+function plainLoop(): Deno.HttpServer<Deno.NetAddr> {
+  const sockets = new Set<WebSocket>();
+  return Deno.serve({ port: 0, hostname: "127.0.0.1", onListen() {} }, (request) => {
+    const { socket, response } = Deno.upgradeWebSocket(request);
+    socket.onopen = () => sockets.add(socket);
+    socket.onclose = () => sockets.delete(socket);
+    socket.onmessage = ({ data }) => {
+      const { event, username, message } = JSON.parse(data);
+      if (event === "join") return socket.send('{"event":"joined"}');
+      const text = JSON.stringify({ event: "receive_message", time: Date.now(), username, message });
+      for (const one of sockets) if (one.readyState === WebSocket.OPEN) one.send(text);
+    };
+    return response;
+  });
+}
+
+/** Sockets that only count the lines they receive, so that they cost as little as they can. */
+class Crowd {
+  readonly #sockets: WebSocket[] = [];
+  #missing = 0;
+  #complete = () => {};
+
+  static async join({ addr: { port } }: { addr: { port: number } }, size: number): Promise<Crowd> {
+    const crowd = new Crowd();
+    await Promise.all(
+      count(1, size).map((i) => {
+        const socket = new WebSocket(`ws://127.0.0.1:${port}/`);
+        crowd.#sockets.push(socket);
+        return new Promise<void>((resolve) => {
+          socket.onopen = () => socket.send(JSON.stringify({ event: "join", username: `user ${i}` }));
+          socket.onmessage = ({ data }) => {
+            if (!data.includes('"joined"')) return;
+            socket.onmessage = ({ data }) => crowd.#hear(data);
+            resolve();
+          };
+        });
+      }),
+    );
+    return crowd;
+  }
+
+  #hear(frame: string): void {
+    if (!frame.includes('"receive_message"') && !frame.includes('"error"')) return;
+    for (let at = 0; at >= 0; at = frame.indexOf("\n", at + 1)) this.#missing--;
+    if (this.#missing <= 0) this.#complete();
+  }
+
+  /** Each of the first `senders` sends so many frames; resolves when each of them was answered `answers` times. */
+  async exchange(senders: number, frames: string[], answers: number): Promise<void> {
+    this.#missing = senders * frames.length * answers;
+    const complete = new Promise<void>((resolve) => this.#complete = resolve);
+    for (const socket of this.#sockets.slice(0, senders)) for (const frame of frames) socket.send(frame);
+    await complete;
+  }
+}
+
+const hello = count(1, 10).map((i) => `{"event":"send_message","username":"user","message":"Hello number ${i}"}`);
+
+/** Starts what a benchmark needs when it is run for the first time. */
+function once<T>(make: () => Promise<T>): () => Promise<T> {
+  let made: Promise<T> | undefined;
+  return () => made ??= make();
+}
+
+for (const size of [10, 100]) {
+  const group = `500 messages to each of ${size} clients`;
+  const senders = Math.min(size, 50), frames = count(1, 500 / senders).map((i) => hello[i % 10]);
+  const bench = (name: string, baseline: boolean, server: () => Promise<{ addr: { port: number } }>) => {
+    const crowd = once(async () => await Crowd.join(await server(), size));
+    Deno.bench({ name, group, baseline }, async (b) => {
+      const joined = await crowd();
+      b.start();
+      await joined.exchange(senders, frames, size);
+      b.end();
+    });
+  };
+  bench("the plain loop", true, () => Promise.resolve(plainLoop()));
+  bench("this chat, in memory", false, () => start());
+  bench("this chat, on disk", false, async () => await start({ db: `${await Deno.makeTempDir()}/bench.db` }));
+}
+
+const full = once(async () => {
+  const chat = await start();
+  await (await Crowd.join(chat, 1)).exchange(1, count(1, 500).map(() => hello[0]), 1);
+  return chat;
+});
+
+Deno.bench("join, 200 messages behind", { group: "one client" }, async (b) => {
+  const chat = await full();
+  b.start();
+  const client = await Client.open(chat, { username: "Ada", since: 300 });
+  await client.until(() => client.messages().length >= 200);
+  b.end();
+  await client[Symbol.asyncDispose]();
+});
+
+const refused = once(async () => await Crowd.join(await full(), 1));
+
+Deno.bench("refuse 100 frames", { group: "one client" }, async (b) => {
+  const client = await refused();
+  b.start();
+  await client.exchange(1, count(1, 100).map(() => '{"username":"Ada","message":"","id":"x"}'), 1);
+  b.end();
+});
+
+// ───────────────────────────────────────────────────── Soak ─────────────────────────────────────────────────────
+
+/** For a minute, connections come, go, flood and stall; the memory of the server has to stay where it was. */
+async function soak(seconds = 60): Promise<void> {
+  await using program = await Program.start({ CHAT_HISTORY: "1000", RATE_LIMIT: "20" });
+  const memory = async () => {
+    const { stdout } = await new Deno.Command("ps", { args: ["-o", "rss=", "-p", `${program.pid}`] }).output();
+    return Number(new TextDecoder().decode(stdout)) / 1024;
+  };
+  const end = Date.now() + seconds * 1000;
+  const until = <T>(work: () => Promise<T>) =>
+    (async () => {
+      while (Date.now() < end) await work().catch(() => {});
+    })();
+  const pause = (ms: number) => new Promise((resolve) => setTimeout(resolve, ms));
+  const text = "x".repeat(500);
+  const work = [
+    ...count(1, 10).map((i) =>
+      until(async () => { // comes, says something, goes
+        await using client = await Client.open(program, { username: `guest ${i}` });
+        await client.say(text);
+      })
+    ),
+    ...count(1, 5).map((i) =>
+      until(async () => { // floods until it is closed
+        await using client = await Client.open(program, { username: `flood ${i}` });
+        while (!client.closed) {
+          for (let k = 0; k < 50; k++) client.send({ username: `flood ${i}`, message: text });
+          await pause(10);
+        }
+      })
+    ),
+    ...count(1, 20).map((i) =>
+      until(async () => { // never reads
+        using raw = await Raw.open(program.port);
+        await raw.frame(`{"event":"join","username":"stalled ${i}","since":0}`);
+        await pause(3000 + 200 * i);
+      })
+    ),
+    ...count(1, 5).map(() =>
+      until(async () => { // breaks off in the middle
+        using raw = await Raw.connect(program.port, ...HANDSHAKE);
+        await raw.frame("[", { length: 60_000 });
+        await pause(50);
+      })
+    ),
+  ];
+  await pause(10_000);
+  const first = await memory();
+  console.log(`after 10 s: ${first.toFixed(0)} MB`);
+  await Promise.all(work);
+  const last = await memory();
+  console.log(`after ${seconds} s: ${last.toFixed(0)} MB`);
+  await using ada = await Client.open(program, { username: "Ada" });
+  await ada.say("still here");
+  assert(last < 1.3 * first + 20, `memory grew from ${first} to ${last} MB`);
+}
+
+if (Deno.args[0] === "soak") await soak();
