@@ -146,6 +146,7 @@ const MAX_BACKLOG = 192 * 1024; // UTF-16 units of older messages in one frame
 const GATHER = 100; // ms in which presence and typing are gathered into one frame
 const MAX_TYPING = 10; // names that are told to be typing at once
 const POLL = 1000; // ms between looks at what other instances wrote
+const MAX_ROSTER = 5000; // names in a roster: more might not fit into MAX_UNSENT
 const ROSTER = 500; // names in one value in KV
 const HEARTBEAT = 10_000; // ms after which an instance renews its roster
 const PRESUMED_DEAD = 30_000; // ms after which a roster that was not renewed is out of date
@@ -158,6 +159,8 @@ const SHUTDOWN = 1000; // ms that the shutdown waits for the database, and for t
 const turn = () => new Promise<void>((resolve) => setImmediate(resolve));
 const wait = (ms: number) => new Promise<void>((resolve) => setTimeout(resolve, ms));
 
+const report = (error: Error) => console.error(`The server made a mistake: ${error.message}`);
+
 /** Waits for the promise, but no longer than `ms`. */
 async function within(ms: number, promise: Promise<unknown> | undefined): Promise<void> {
   let timer;
@@ -167,9 +170,19 @@ async function within(ms: number, promise: Promise<unknown> | undefined): Promis
 
 // ─────────────────────────────────────────────── Events on the wire ───────────────────────────────────────────────
 
+/** A message that can be accepted. */
+interface Message {
+  event: "send_message";
+  username: string;
+  message: string;
+  id?: string;
+  /** Its part of the line on the wire: the start comes when its place in the order is known. */
+  body: string;
+}
+
 /** What a client may send, once {@linkcode check} has seen it. */
 type Incoming =
-  | { event: "send_message"; username: string; message: string; id?: string }
+  | Message
   | { event: "join"; username?: string; since?: number; password?: string }
   | { event: "history"; before: number }
   | { event: "typing" }
@@ -179,24 +192,33 @@ type Incoming =
 /** What a client is told when something cannot be accepted. `retry_after` is in milliseconds. */
 type Refusal = { event: "error"; error: string; id?: string; retry_after?: number };
 
-/** The order of the fields on the wire; the sequence number and the time come before it. */
-const body = (username: string, message: string, id?: string) =>
-  `"username":${JSON.stringify(username)},"message":${JSON.stringify(message)}${id ? `,"id":"${id}"` : ""}}`;
-
+/** A message as everyone receives it. */
 const line = (seq: number, time: number, body: string) =>
   `{"event":"receive_message","seq":${seq},"time":${time},${body}`;
 
 // ─────────────────────────────────────────── Checking what a client sends ───────────────────────────────────────────
 
-const INVISIBLE = /[[\p{Cc}\p{Cf}\p{Default_Ignorable_Code_Point}]--[\t-\r]]/gv;
+const INVISIBLE = /[[\p{Cc}\p{Cf}\p{Default_Ignorable_Code_Point}\u2800]--[\t-\r]]/gv;
 const ID = /^[\w-]{1,64}$/;
 
+/**
+ * A message of which nothing has to be changed, as programs write it that have nothing but ASCII to say: its line on
+ * the wire is a part of it, and needs neither parsing nor serialising.
+ */
+const USUAL =
+  /^\{"event":"send_message",("username":"(?=[^"]{1,40}")([!#-[\]-~]+(?: [!#-[\]-~]+)*)","message":"([!#-[\]-~](?:[ !#-[\]-~]{0,1998}[!#-[\]-~])?)"(?:,"id":"([\w-]{1,64})")?\})$/;
+
 /** A name as it is shown: nothing in it can hide, reorder a line, or start another one. */
-const cleanName = (name: string) => name.toWellFormed().replace(INVISIBLE, "").replace(/\s+/g, " ").trim();
+const cleanName = (name: string) => name.toWellFormed().normalize().replace(INVISIBLE, "").replace(/\s+/g, " ").trim();
 
 /** Everything that a client may send is checked here. */
 function check(frame: unknown): Incoming {
   if (typeof frame !== "string") return refusal("a frame must be text, not binary");
+  const usual = USUAL.exec(frame);
+  if (usual) {
+    const [, body, username, message, id] = usual;
+    return { event: "send_message", username, message, id, body };
+  }
   let data: Record<string, unknown>;
   try {
     data = JSON.parse(frame);
@@ -221,7 +243,9 @@ function check(frame: unknown): Incoming {
       if (!text || text.length > MAX_MESSAGE) {
         return refusal(`message must be 1 to ${MAX_MESSAGE} characters`, id);
       }
-      return { event, username: name, message: text.toWellFormed().replaceAll("\0", "\ufffd"), id };
+      const kept = text.toWellFormed().replaceAll("\0", "\ufffd");
+      const body = JSON.stringify({ username: name, message: kept, id }).slice(1);
+      return { event, username: name, message: kept, id, body };
     }
     case "join": {
       const { username, since, password } = data;
@@ -250,8 +274,11 @@ function check(frame: unknown): Incoming {
 /** Whether a frame is over {@linkcode MAX_FRAME}. */
 function isLarge(frame: unknown): boolean {
   if (typeof frame !== "string") return (frame as ArrayBuffer).byteLength > MAX_FRAME;
-  return frame.length > MAX_FRAME / 3 && new Blob([frame]).size > MAX_FRAME;
+  return frame.length > MAX_FRAME / 3 && size(frame) > MAX_FRAME;
 }
+
+/** The size of a text in UTF-8. */
+const size = (text: string) => new Blob([text]).size;
 
 /** Whether the guess is the secret. How long that takes says nothing of the secret. */
 function isSecret(guess: string, secret: string): boolean {
@@ -272,15 +299,6 @@ const refusal = (error: string, id?: string, retry_after?: number): Refusal => (
 
 // ──────────────────────────────────────────────────── The log ────────────────────────────────────────────────────
 
-/** A message that was accepted and is not written yet. */
-interface Pending {
-  username: string;
-  message: string;
-  id?: string;
-  /** Its part of the line on the wire; the start comes when its place in the order is known. */
-  body: string;
-}
-
 /** Messages that were written together. */
 interface Entry {
   /** The numbers of its first and its last message. */
@@ -295,8 +313,8 @@ interface Entry {
 /** What the log tells the room. It waits for the answer before it writes more. */
 interface LogEvents {
   /** This is written. `accepted` is what it was made of, if that was done here. */
-  written(entry: Entry, accepted?: Pending[]): Promise<void>;
-  /** The database holds something else than what was shown: everyone has to start over. */
+  written(entry: Entry, accepted?: Message[]): Promise<void>;
+  /** What was shown does not go on: the log was replaced, or much was written meanwhile. Everyone has to join again. */
   replaced(): void;
 }
 
@@ -319,12 +337,13 @@ class Log {
   #version: string | null = null; // of the head key
   #entries: Entry[] = []; // what is kept, oldest first
   #ids = new Map<string, number>(); // the message that an id names, Infinity while it is not written
-  #queue: Pending[] = [];
+  #queue: Message[] = [];
   #queued = 0; // UTF-16 units in the queue
   #attempt = ""; // the text that a commit tried to write, while it is not known whether it did
   #behind = true; // another instance has written, or may have
   #working?: Promise<void>;
-  #failures = 0;
+  #failures = 0; // in a row
+  #ended = false;
   readonly #kv: Deno.Kv;
   readonly #history: number;
   readonly #events: LogEvents;
@@ -351,6 +370,12 @@ class Log {
     return { text, last };
   }
 
+  /** The line of message `seq`. */
+  line(seq: number): string {
+    const { first, text } = this.#entries[this.#at(seq)];
+    return text.split("\n")[seq - first];
+  }
+
   /** The lines before message `seq`, as many as make a {@linkcode PAGE}. */
   before(seq: number): string[] {
     const end = Math.min(seq - 1, this.head), start = Math.max(end - PAGE + 1, this.oldest);
@@ -369,7 +394,7 @@ class Log {
   }
 
   /** Takes a message to be written; false if too much is waiting. */
-  append(message: Pending): boolean {
+  append(message: Message): boolean {
     if (this.#queued + message.body.length > MAX_QUEUE) return false;
     this.#queue.push(message);
     this.#queued += message.body.length;
@@ -389,8 +414,7 @@ class Log {
   /** Writes what is waiting, as far as the database lets it within {@linkcode SHUTDOWN}. */
   async close(): Promise<void> {
     await within(SHUTDOWN, this.#working);
-    this.#behind = false;
-    this.#take(this.#queue.length);
+    this.#ended = true;
   }
 
   #work(): Promise<void> {
@@ -399,12 +423,13 @@ class Log {
 
   /** Reads what others wrote, writes what is waiting: as long as there is any of it. */
   async #loop(): Promise<void> {
-    while (this.#behind || this.#queue.length > 0) {
+    while (!this.#ended && (this.#behind || this.#queue.length > 0)) {
       try {
         await (this.#behind ? this.#pull() : this.#commit());
         if (this.#failures >= RETRY.silent) console.error("The database works again");
         this.#failures = 0;
       } catch (error) {
+        if (this.#ended) return;
         // Nothing is dropped: it stays in the queue, and its senders get no confirmation until it is written.
         this.#behind = true; // what failed may have been written all the same
         if (++this.#failures === RETRY.silent) {
@@ -466,6 +491,12 @@ class Log {
       await this.#add(entry, lines.map((line) => JSON.parse(line)));
     }
     this.#attempt = "";
+    for (let expired = this.#expired(this.head); expired.length > 0; expired = this.#expired(this.head)) {
+      const deletion = this.#kv.atomic();
+      for (const { first } of expired) deletion.delete(["log", first]);
+      await deletion.commit();
+      this.#entries.splice(0, expired.length);
+    }
     this.#version = versionstamp;
     this.#behind = false;
     const queue = this.#take(this.#queue.length);
@@ -483,17 +514,20 @@ class Log {
   }
 
   /** Takes the oldest `count` messages out of the queue. */
-  #take(count: number): Pending[] {
+  #take(count: number): Message[] {
     const taken = this.#queue.splice(0, count);
     for (const { body } of taken) this.#queued -= body.length;
     return taken;
   }
 
   /** Makes an entry that is written known, here and to the room. */
-  async #add(entry: Entry, messages: { id?: string }[], accepted?: Pending[]): Promise<void> {
+  async #add(entry: Entry, messages: { id?: string }[], accepted?: Message[]): Promise<void> {
     let seq = entry.first;
     for (const { id } of messages) {
-      if (id) this.#ids.set(id, seq);
+      if (id) {
+        this.#ids.delete(id); // so that the map stays in order
+        this.#ids.set(id, seq);
+      }
       seq++;
     }
     this.head = entry.last;
@@ -507,7 +541,7 @@ class Log {
 
   /** Starts over at `head`: the database holds another log than the one that is known here, or a gap. */
   #forget(head = 0): void {
-    if (this.head > 0) this.#events.replaced();
+    this.#events.replaced();
     this.head = head;
     this.#entries = [];
     for (const [id, seq] of this.#ids) if (seq !== Infinity) this.#ids.delete(id);
@@ -562,9 +596,13 @@ class Presence {
     else this.#users.delete(username);
   }
 
-  /** Everyone, as last told. */
+  /** Everyone, as last told; of a very large room not every name. */
   roster(): string {
-    return JSON.stringify({ event: "presence", online: this.#told.online, users: [...this.#told.users] });
+    return JSON.stringify({
+      event: "presence",
+      online: this.#told.online,
+      users: [...this.#told.users].slice(0, MAX_ROSTER),
+    });
   }
 
   /** What changed since the room was last told; undefined if nothing did. */
@@ -590,7 +628,8 @@ class Presence {
     this.#others = others;
 
     const now = Date.now();
-    if (!this.#dirty && (this.#online === 0 || now - this.#published < HEARTBEAT)) return;
+    const isSaid = this.#online === 0 && this.#chunks === 0 || now - this.#published < HEARTBEAT;
+    if (isSaid && !this.#dirty) return;
     this.#dirty = false;
     this.#published = 0; // so that it is tried again if it fails
     const online = this.#online, names = [...this.#users.keys()], until = now + PRESUMED_DEAD;
@@ -646,11 +685,12 @@ class Room {
   readonly #rates: Record<Limit, number>; // a second; 0 is no limit
   readonly #newcomers = new Set<Client>(); // joined since the room was last told who is here
   readonly #typing = new Set<string>(); // names that typed since then
-  #connections = 0; // those, too, that are closed but do not read that they are
+  #connections = 0; // those, too, that were closed and do not answer
   readonly #addresses = new Map<string, number>(); // how many of them each address has
   readonly #guessers = new Map<string, Limited>(); // addresses that gave a wrong password
   #telling?: ReturnType<typeof setTimeout>; // the timer of the next news
-  #looking?: ReturnType<typeof setTimeout>; // the timer of the next look at other instances
+  #looking?: Promise<void>; // the last look at other instances
+  #timer?: ReturnType<typeof setTimeout>; // of the next
   #closed = false;
 
   constructor(kv: Deno.Kv, options: Settings) {
@@ -668,7 +708,7 @@ class Room {
   /** Resolves when the log is read. Throws what the database throws. */
   async open(): Promise<void> {
     await this.#log.look();
-    this.#look();
+    this.#looking = this.#look();
   }
 
   /** Whether there is no place for one more connection from this address. */
@@ -709,7 +749,7 @@ class Room {
     };
     client.onmessage = ({ data }) => {
       const failed = (error: Error) => {
-        console.error("A connection failed:", error.message);
+        report(error);
         this.#close(client, 1011, "the server made a mistake");
       };
       try {
@@ -726,8 +766,12 @@ class Room {
     await this.#log.close();
     for (const client of this.#sockets) this.#close(client, 1001, "the server is going away");
     clearTimeout(this.#telling);
-    clearTimeout(this.#looking);
-    await within(SHUTDOWN, this.#presence.exchange().catch(() => {})); // else it is presumed dead, later
+    clearTimeout(this.#timer);
+    const leaving = async () => {
+      await this.#looking;
+      await this.#presence.exchange();
+    };
+    await within(SHUTDOWN, leaving().catch(() => {})); // else it is presumed dead, later
   }
 
   /** Closes a connection. It has left at once: one that does not read would not let itself be closed. */
@@ -797,14 +841,14 @@ class Room {
     this.#send(client, JSON.stringify(refusal));
   }
 
-  #accept(client: Client, { id, username, message }: Incoming & { event: "send_message" }): void {
-    const known = id && this.#log.find(id);
+  #accept(client: Client, message: Message): void {
+    const { id } = message, known = id && this.#log.find(id);
     if (known) {
       // What is being written, or is still to come in its backlog, comes back by itself.
-      if (known <= client.seen) this.#send(client, this.#log.from(known).text.split("\n", 1)[0]);
+      if (known <= client.seen) this.#send(client, this.#log.line(known));
       return;
     }
-    if (this.#log.append({ id, username, message, body: body(username, message, id) })) return;
+    if (this.#log.append(message)) return;
     this.#refuse(client, refusal("the room is not able to keep more just now: try again in 1 s", id, 1000));
   }
 
@@ -826,12 +870,13 @@ class Room {
     client.timer = setTimeout(() => client.close(code, reason), WRONG);
   }
 
-  #join(
-    client: Client,
-    { username, since, password = "" }: Incoming & { event: "join" },
-  ): Promise<void> | void {
+  async #join(client: Client, { username, since, password = "" }: Incoming & { event: "join" }): Promise<void> {
     if (!client.admitted) this.#admit(client, password);
     if (!client.admitted) return;
+    if (since !== undefined && since > this.#log.head) {
+      await within(POLL, this.#log.look().catch(() => {})); // it may have seen more on another instance
+      if (!this.#sockets.has(client)) return;
+    }
     const { head, oldest } = this.#log;
     if (since !== undefined && since > head) {
       return this.#refuse(client, refusal(`since is beyond the newest message, which is ${head}`));
@@ -874,7 +919,7 @@ class Room {
    * the others in a frame a message. Sockets are served some at a time: so the copies that are made for them
    * stay in the processor's cache, and nothing else waits long.
    */
-  async #broadcast({ first, last, text, bytes }: Entry, accepted?: Pending[]): Promise<void> {
+  async #broadcast({ first, last, text, bytes }: Entry, accepted?: Message[]): Promise<void> {
     if (accepted && this.#options.log) this.#report(first, accepted);
     let served = 0, lines: string[] | undefined;
     for (const client of this.#sockets) {
@@ -886,7 +931,7 @@ class Room {
     }
   }
 
-  #report(first: number, accepted: Pending[]): void {
+  #report(first: number, accepted: Message[]): void {
     if (accepted.length > REPORT) {
       return console.log(`Message received: ${accepted.length} at once, from ${first} on`);
     }
@@ -909,26 +954,31 @@ class Room {
 
   /** Tells everyone who joined, soon, who came, left and is typing: a rush of them is a few frames. */
   #news(): void {
-    this.#telling ??= setTimeout(() => {
-      this.#telling = undefined;
-      const changes = this.#presence.changes();
-      const roster = this.#newcomers.size > 0 ? this.#presence.roster() : undefined;
-      const typing = [...this.#typing].slice(0, MAX_TYPING);
-      const frame = (first?: string, self?: string) =>
-        [
-          ...(first ? [first] : []),
-          ...typing.filter((name) => name !== self).map((username) => JSON.stringify({ event: "typing", username })),
-        ].join("\n");
-      const forMost = frame(changes);
-      for (const client of this.#sockets) {
-        if (!client.joined) continue;
-        const own = this.#newcomers.has(client) || this.#typing.has(client.username ?? "");
-        const news = own ? frame(this.#newcomers.has(client) ? roster : changes, client.username) : forMost;
-        if (news) this.#send(client, news);
-      }
-      this.#newcomers.clear();
-      this.#typing.clear();
-    }, GATHER);
+    this.#telling ??= setTimeout(() => this.#tell().catch(report), GATHER);
+  }
+
+  async #tell(): Promise<void> {
+    const changes = this.#presence.changes();
+    const newcomers = new Set(this.#newcomers), typing = [...this.#typing].slice(0, MAX_TYPING);
+    this.#newcomers.clear();
+    this.#typing.clear();
+    const frame = (first?: string, self?: string) => {
+      const others = typing.filter((name) => name !== self);
+      const lines = others.map((username) => JSON.stringify({ event: "typing", username }));
+      const text = (first ? [first, ...lines] : lines).join("\n");
+      return { first, text, bytes: size(text) };
+    };
+    const forMost = frame(changes), forNew = frame(newcomers.size > 0 ? this.#presence.roster() : undefined);
+    let served = 0;
+    for (const client of this.#sockets) {
+      if (!client.joined || this.#newcomers.has(client)) continue;
+      const { first, text, bytes } = newcomers.has(client) ? forNew : forMost;
+      const own = typing.includes(client.username!) ? frame(first, client.username).text : text;
+      if (own) this.#send(client, own, bytes);
+      if (own && ++served % SERVED === 0) await turn();
+    }
+    this.#telling = undefined;
+    if (served >= SERVED) this.#news(); // of what happened meanwhile
   }
 
   /** Sees what other instances did, and lets them see this one, every {@linkcode POLL}. */
@@ -937,13 +987,13 @@ class Room {
       if (full.guess! < performance.now()) this.#guessers.delete(address);
     }
     try {
-      await this.#log.look();
+      await within(POLL, this.#log.look());
       await this.#presence.exchange();
       this.#news();
     } catch {
       // The database fails. The log says so when there is something to write; the next look comes anyway.
     }
-    if (!this.#closed) this.#looking = setTimeout(() => this.#look(), POLL);
+    if (!this.#closed) this.#timer = setTimeout(() => this.#looking = this.#look(), POLL);
   }
 }
 
@@ -982,13 +1032,10 @@ async function pageHeaders(): Promise<Headers> {
 
 const text = (status: number, body: string, headers?: HeadersInit) => new Response(`${body}\n`, { status, headers });
 
-const isHandshake = ({ headers }: Request) => headers.get("upgrade")?.toLowerCase() === "websocket";
-
-/** Whether the page that sends this handshake may: it is the server's own or an allowed one, or it is no page. */
-function isAllowed(request: Request, allowedOrigins: string[]): boolean {
-  const origin = request.headers.get("origin");
-  if (origin === null || allowedOrigins.includes(origin)) return true;
-  return URL.canParse(origin) && new URL(origin).host === new URL(request.url).host;
+/** Whether the page that sends a handshake may: it is the server's own or an allowed one, or it is no page. */
+function isAllowed({ headers, url }: Request, allowedOrigins: string[]): boolean {
+  const origin = headers.get("origin");
+  return origin === null || allowedOrigins.includes(origin) || URL.parse(origin)?.host === new URL(url).host;
 }
 
 /** Answers a handshake with a socket for the room, or with why there is none. */
@@ -1047,22 +1094,27 @@ export async function startChat(options: ChatOptions = {}): Promise<Chat> {
   })();
   const headers = pageHeaders();
   const handler = async (request: Request, { remoteAddr }: Deno.ServeHandlerInfo<Deno.NetAddr>) => {
-    if (!isHandshake(request)) return respond(request, await headers);
+    if (!URL.canParse(request.url)) return text(400, "Bad request");
+    if (request.headers.get("upgrade")?.toLowerCase() !== "websocket") return respond(request, await headers);
     const forwarded = trustProxy && request.headers.get("x-forwarded-for")?.split(",").at(-1)?.trim();
     return upgrade(request, (await opening).room, forwarded || remoteAddr.hostname, settings);
   };
-  const server = Deno.serve({ port, hostname, cert, key, onListen() {} }, handler);
-  const { kv, room } = await opening.catch(async (error) => {
-    await server.shutdown();
-    throw error;
-  });
+  let server: Deno.HttpServer<Deno.NetAddr> | undefined;
   let ending: Promise<void> | undefined;
   const shutdown = () =>
     ending ??= (async () => {
+      const { kv, room } = await opening;
       await room.close();
-      await within(SHUTDOWN, server.shutdown());
+      if (server) await within(SHUTDOWN, server.shutdown());
       if (kv !== db) kv.close();
     })();
+  try {
+    server = Deno.serve({ port, hostname, cert, key, onListen() {} }, handler);
+    await opening;
+  } catch (error) {
+    await shutdown().catch(() => server?.shutdown()); // there may be no room to shut down
+    throw error;
+  }
   return { addr: server.addr, shutdown, [Symbol.asyncDispose]: shutdown };
 }
 

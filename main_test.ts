@@ -631,6 +631,16 @@ Deno.test("a port that is taken stops the start with one line", async () => {
   assertEquals((await program.ended()).code, 1);
 });
 
+Deno.test("startChat() that cannot start leaves nothing behind", async () => {
+  await using chat = await start();
+  for (
+    const options of [{ port: chat.addr.port }, { db: "/nowhere/chat.db" }, { port: chat.addr.port, db: "/nowhere/x" }]
+  ) {
+    const error = await start(options).then(() => undefined, (error) => error);
+    assert(error instanceof Error);
+  }
+});
+
 // ───────────────────────────────────────────────────── The log ─────────────────────────────────────────────────────
 
 /** Says numbered things until it is told to stop, as the page does: what is unconfirmed is sent again, in order. */
@@ -740,7 +750,7 @@ function assertComplete(messages: Event[], said: string[][]): void {
 /** Everything that the room has. */
 async function everything(chat: { addr: { port: number } }): Promise<Event[]> {
   await using reader = await Client.open(chat, { since: 0 });
-  await reader.until(() => reader.messages().length === reader.events[0].seq);
+  await reader.until(() => reader.messages().length === reader.events[0].seq - reader.events[0].oldest + 1);
   return reader.messages();
 }
 
@@ -837,6 +847,28 @@ Deno.test("two processes on one file are one room, and one that dies is not here
   await ada.until(() => ada.events.some(({ joined }) => joined?.includes("Grace")));
   await two.end("SIGTERM");
   await ada.until(() => ada.events.some(({ left }) => left?.includes("Grace")));
+});
+
+Deno.test("a page that moves to another instance keeps its place", async () => {
+  await using file = await temporary();
+  await using one = await start(file);
+  await using two = await start(file);
+  await using ada = await Client.open(one);
+  await ada.say("1", "2", "3");
+  await using moved = await Client.open(two, { username: "Ada", since: 3 });
+  assertEquals(moved.events.at(-1), { event: "joined", seq: 3, oldest: 1 });
+  assertEquals(moved.messages(), []);
+});
+
+Deno.test("who is too far behind on another instance has to join again, and is not left behind", async () => {
+  await using file = await temporary();
+  await using one = await start({ ...file, history: 5 });
+  await using two = await start({ ...file, history: 5 });
+  await using grace = await Client.open(one);
+  await using ada = await Client.open(two);
+  for (let i = 1; i <= 12; i++) await ada.say(`${i}`);
+  assertEquals((await grace.ended()).code, 1013);
+  assertEquals(seqs(await everything(one)), count(8, 12));
 });
 
 Deno.test("an instance that gave no sign of life is presumed dead", async () => {
@@ -1108,6 +1140,18 @@ Deno.test("a room that is full answers 503, and lets the next in when someone le
     using again = await come("192.0.2.3");
     status = (await again.head()).split(" ")[1];
     assert(Date.now() < deadline, "nobody was let in again");
+  }
+});
+
+Deno.test("a host that is none is a bad request", async () => {
+  await using chat = await start();
+  for (const host of ["a b", "[", "x:99999", "a%"]) {
+    for (
+      const lines of [["GET / HTTP/1.1", `Host: ${host}`], [...HANDSHAKE.with(1, `Host: ${host}`), "Origin: http://x"]]
+    ) {
+      using raw = await Raw.connect(chat.addr.port, ...lines);
+      assertMatch(await raw.head(), /^HTTP\/1.1 400 /);
+    }
   }
 });
 
