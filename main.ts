@@ -1005,8 +1005,11 @@ class Room {
 
 // ───────────────────────────────────────────────────── HTTP ─────────────────────────────────────────────────────
 
-/** Headers of the page: it may run its own script and style, talk to its own server, and nothing else. */
-async function pageHeaders(): Promise<Headers> {
+/**
+ * Makes what answers with the page: compressed, once for everyone, where the browser takes that. Its policy is that it
+ * may run its own script and style, talk to its own server, and nothing else.
+ */
+async function pageServer(): Promise<(request: Request) => Response> {
   const hash = async (tag: string) => {
     const text = page.match(new RegExp(`<${tag}[^>]*>([^]*?)</${tag}>`))?.[1] ?? "";
     const digest = await crypto.subtle.digest("SHA-256", new TextEncoder().encode(text));
@@ -1024,7 +1027,7 @@ async function pageHeaders(): Promise<Headers> {
     "require-trusted-types-for 'script'",
     "trusted-types 'none'",
   ];
-  return new Headers({
+  const headers = {
     "content-type": "text/html; charset=utf-8",
     "cache-control": "no-cache",
     "content-security-policy": policy.join("; "),
@@ -1032,8 +1035,14 @@ async function pageHeaders(): Promise<Headers> {
     "cross-origin-resource-policy": "same-origin",
     "permissions-policy": "camera=(), geolocation=(), microphone=()",
     "referrer-policy": "no-referrer",
+    "vary": "accept-encoding",
     "x-content-type-options": "nosniff",
-  });
+  };
+  const gzip = await new Response(new Blob([page]).stream().pipeThrough(new CompressionStream("gzip"))).bytes();
+  return (request) =>
+    /\bgzip\b/.test(request.headers.get("accept-encoding") ?? "")
+      ? new Response(gzip, { headers: { ...headers, "content-encoding": "gzip" } })
+      : new Response(page, { headers });
 }
 
 const text = (status: number, body: string, headers?: HeadersInit) => new Response(`${body}\n`, { status, headers });
@@ -1063,13 +1072,13 @@ function upgrade(
 }
 
 /** Answers any other request: with the page, or with what is wrong. */
-function respond(request: Request, headers: Headers): Response {
+function respond(request: Request, servePage: (request: Request) => Response): Response {
   const { pathname } = new URL(request.url);
   if (pathname !== "/" && pathname !== "/healthz") return text(404, "Not found");
   if (request.method !== "GET" && request.method !== "HEAD") {
     return text(405, "Method not allowed", { allow: "GET, HEAD" });
   }
-  return pathname === "/" ? new Response(page, { headers }) : text(200, "ok");
+  return pathname === "/" ? servePage(request) : text(200, "ok");
 }
 
 // ───────────────────────────────────────────────────── Start ─────────────────────────────────────────────────────
@@ -1098,10 +1107,10 @@ export async function startChat(options: ChatOptions = {}): Promise<Chat> {
     await room.open();
     return { kv, room };
   })();
-  const headers = pageHeaders();
+  const pages = pageServer();
   const handler = async (request: Request, { remoteAddr }: Deno.ServeHandlerInfo<Deno.NetAddr>) => {
     if (!URL.canParse(request.url)) return text(400, "Bad request");
-    if (request.headers.get("upgrade")?.toLowerCase() !== "websocket") return respond(request, await headers);
+    if (request.headers.get("upgrade")?.toLowerCase() !== "websocket") return respond(request, await pages);
     const forwarded = trustProxy && request.headers.get("x-forwarded-for")?.split(",").at(-1)?.trim();
     return upgrade(request, (await opening).room, forwarded || remoteAddr.hostname, settings);
   };
