@@ -747,11 +747,11 @@ class Room {
       if (others > 0) this.#addresses.set(address, others);
       else this.#addresses.delete(address);
     };
+    const failed = (error: Error) => {
+      report(error);
+      this.#close(client, 1011, "the server made a mistake");
+    };
     client.onmessage = ({ data }) => {
-      const failed = (error: Error) => {
-        report(error);
-        this.#close(client, 1011, "the server made a mistake");
-      };
       try {
         this.#receive(client, data)?.catch(failed);
       } catch (error) {
