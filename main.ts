@@ -55,7 +55,7 @@ export interface ChatOptions {
 export interface Chat extends AsyncDisposable {
   /** Where it listens. */
   readonly addr: Deno.NetAddr;
-  /** Writes down what is pending, closes every socket with 1001, and resolves when the server has ended. */
+  /** Writes what is pending, closes every socket with 1001, and ends, within 2 s: a database that hangs is not waited for. */
   shutdown(): Promise<void>;
 }
 
@@ -154,7 +154,7 @@ const RETRY = { first: 25, most: 2000, silent: 3 }; // ms before a failed write 
 const DRAIN = 20; // ms between looks whether a slow reader took what it was sent
 const STALL = 30_000; // ms that a reader of its backlog may take nothing
 const REPORT = 8; // messages of one batch that are logged with a line each
-const SHUTDOWN = 1000; // ms that the shutdown waits for the database, and for the network
+const SHUTDOWN = 600; // ms that the shutdown waits for the log, for presence and for the network: 2 s in all
 
 const turn = () => new Promise<void>((resolve) => setImmediate(resolve));
 const wait = (ms: number) => new Promise<void>((resolve) => setTimeout(resolve, ms));
@@ -1086,7 +1086,7 @@ function respond(request: Request, servePage: (request: Request) => Response): R
 /**
  * Starts a chat server. It serves the page at `/` and upgrades WebSockets on any path.
  *
- * Throws `Deno.errors.AddrInUse` if the port is taken, and what `Deno.openKv` throws.
+ * Throws `Deno.errors.AddrInUse` if the port is taken, what `Deno.openKv` throws, and what reading the certificate throws.
  *
  * ```ts
  * import { startChat } from "./main.ts";

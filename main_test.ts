@@ -962,6 +962,20 @@ Deno.test("what waits for a database that fails is bounded, and its sender keeps
   assertEquals(again.message, message);
 });
 
+Deno.test("a shutdown does not wait for a database that hangs, nor for a peer that does not read", async () => {
+  using kv = await Deno.openKv(":memory:");
+  const chat = await start({ db: unreliable(kv, () => new Promise(() => {})) });
+  using lazy = await Raw.open(chat.addr.port);
+  await lazy.frame('{"event":"join","username":"Lazy"}');
+  const ada = await Client.open(chat, { username: "Ada" });
+  ada.send({ username: "Ada", message: "never written" });
+  await ada.until(() => ada.events.some(({ users, joined }) => (users ?? joined)?.includes("Ada")));
+  const begun = performance.now();
+  await chat.shutdown();
+  assert(performance.now() - begun < 2000);
+  assertEquals((await ada.ended()).code, 1001);
+});
+
 Deno.test("a client that does not read is cut off, and finds everything when it joins again", async () => {
   await using chat = await start();
   const lazy = await Raw.open(chat.addr.port);
