@@ -95,16 +95,16 @@ const SETTINGS = {
   hostname: anything("HOST", "127.0.0.1"),
   db: anything("CHAT_DB", undefined),
   history: whole("CHAT_HISTORY", 10_000, 1),
-  log: onOrOff("LOG", true),
+  log: onOrOff("CHAT_LOG", true),
   password: anything("CHAT_PASSWORD", ""),
-  rateLimit: whole("RATE_LIMIT", 20),
-  maxClients: whole("MAX_CLIENTS", 10_000, 1),
-  maxClientsPerAddress: whole("MAX_CLIENTS_PER_ADDRESS", 0),
-  allowedOrigins: origins("ALLOWED_ORIGINS"),
-  trustProxy: onOrOff("TRUST_PROXY", false),
-  idleTimeout: whole("IDLE_TIMEOUT", 30, 1),
-  tlsCert: anything("TLS_CERT", undefined),
-  tlsKey: anything("TLS_KEY", undefined),
+  rateLimit: whole("CHAT_RATE_LIMIT", 20),
+  maxClients: whole("CHAT_MAX_CLIENTS", 10_000, 1),
+  maxClientsPerAddress: whole("CHAT_MAX_CLIENTS_PER_ADDRESS", 0),
+  allowedOrigins: origins("CHAT_ALLOWED_ORIGINS"),
+  trustProxy: onOrOff("CHAT_TRUST_PROXY", false),
+  idleTimeout: whole("CHAT_IDLE_TIMEOUT", 30, 1),
+  tlsCert: anything("CHAT_TLS_CERT", undefined),
+  tlsKey: anything("CHAT_TLS_KEY", undefined),
 } satisfies { [Option in keyof ChatOptions]-?: Setting<ChatOptions[Option]> };
 
 /** Every option, with a value where it has a default. */
@@ -1157,10 +1157,6 @@ function announce(addr: Deno.NetAddr, { password, tlsCert }: ChatOptions): void 
 
 if (import.meta.main) {
   try {
-    // Deno looks for this at the first frame, and if it is there hands frames to the system without copying them once
-    // more. It does not document it: measured with and without, see the README.
-    const { state } = Deno.permissions.querySync({ name: "env", variable: "DENO_USE_WRITEV" });
-    if (state === "granted") Deno.env.set("DENO_USE_WRITEV", "1");
     const options = environment();
     const chat = await startChat(options);
     if (options.log ?? DEFAULTS.log) announce(chat.addr, options);

@@ -152,8 +152,8 @@ class Program {
 
   constructor(env: Record<string, string>, more = DISK) {
     this.#process = new Deno.Command(Deno.execPath(), {
-      args: ["run", "--no-prompt", ...FLAGS, ...more, "main.ts"],
-      env: { PORT: "0", CHAT_DB: ":memory:", RATE_LIMIT: "0", ...env },
+      args: ["run", "--no-prompt", ...FLAGS.filter((flag) => !more.includes(flag.split("=")[0])), ...more, "main.ts"],
+      env: { PORT: "0", CHAT_DB: ":memory:", CHAT_RATE_LIMIT: "0", ...env },
       stdout: "piped",
       stderr: "piped",
     }).spawn();
@@ -342,7 +342,7 @@ function freePort(): number {
 
 /** The permissions of the start command, and those that a database in a file needs. */
 const FLAGS = JSON.parse(await Deno.readTextFile(new URL("deno.json", import.meta.url)))
-  .tasks.start.command.match(/--allow-\S+/g);
+  .tasks.start.command.match(/--allow-\S+/g) as string[];
 const DISK = ["--allow-read", "--allow-write"];
 
 // ──────────────────────────────────────────────────── The room ────────────────────────────────────────────────────
@@ -594,7 +594,7 @@ Deno.test("the program says where it is, logs each message, and ends when it is 
 
 Deno.test("the program is silent if it is told to be", async () => {
   const port = freePort();
-  await using program = new Program({ LOG: "off", PORT: `${port}` });
+  await using program = new Program({ CHAT_LOG: "off", PORT: `${port}` });
   program.port = port;
   await program.answers();
   {
@@ -609,7 +609,7 @@ for (
   const [env, reason] of [
     [{ PORT: "abc" }, /PORT must be a whole number from 0 to 65535, not "abc"/],
     [{ PORT: "65536" }, /PORT must be/],
-    [{ LOG: "loud" }, /LOG must be on or off/],
+    [{ CHAT_LOG: "loud" }, /CHAT_LOG must be on or off/],
     [{ CHAT_HISTORY: "0" }, /CHAT_HISTORY must be/],
     [{ CHAT_DB: "/nowhere/chat.db" }, /database/],
   ] as const
@@ -755,7 +755,7 @@ async function everything(chat: { addr: { port: number } }): Promise<Event[]> {
 
 Deno.test("a server that is killed again and again loses nothing and doubles nothing", async () => {
   await using file = await temporary();
-  const env = { CHAT_DB: file.db, LOG: "off", PORT: `${freePort()}` };
+  const env = { CHAT_DB: file.db, CHAT_LOG: "off", PORT: `${freePort()}` };
   const addr = { port: Number(env.PORT) };
   let program = new Program(env);
   program.port = addr.port;
@@ -2321,7 +2321,7 @@ Deno.bench("refuse 100 frames", { group: "one client" }, async (b) => {
 
 /** Connections come, go, flood and stall; the memory of the server has to stay where it was. */
 async function soak(seconds: number): Promise<void> {
-  await using program = await Program.start({ CHAT_HISTORY: "1000", RATE_LIMIT: "20" });
+  await using program = await Program.start({ CHAT_HISTORY: "1000", CHAT_RATE_LIMIT: "20" });
   const memory = async () => {
     const { stdout } = await new Deno.Command("ps", { args: ["-o", "rss=", "-p", `${program.pid}`] }).output();
     return Number(new TextDecoder().decode(stdout)) / 1024;
