@@ -1,20 +1,912 @@
 /**
- * A chat room. People open the page, and everyone who has it open sees each message at once.
+ * A chat room: whoever has the page open sees each message at once.
  *
- * A message goes one way: a socket receives it (`Room.receive`), `check` says whether it can be accepted, the
- * `Log` writes it down together with whatever else arrived meanwhile, and only then is it sent to every socket
- * in the `Set`. So nothing that anyone has seen can be lost, and everyone sees the same order.
- *
- * ```sh
- * deno task start
- * ```
+ * {@linkcode startChat} is the server. `Deno.serve` returns the page or upgrades the request to a WebSocket; the
+ * {@linkcode Room} keeps the clients in a `Set` and broadcasts each message to them. Before anyone sees a message it is
+ * written to the database, and each client has a place in the {@linkcode Log}: it is sent what comes after that, as
+ * fast as it reads. So nothing that was seen is lost, everyone sees the same order, and who was away misses nothing.
  *
  * @module
  */
 
 import page from "./index.html" with { type: "text" };
 
-// ───────────────────────────────────────────── Settings and limits ─────────────────────────────────────────────
+// ─────────────────────────────────────────────────── The server ───────────────────────────────────────────────────
+
+/** A running chat. `await using` shuts it down at the end of the block. */
+export interface Chat extends AsyncDisposable {
+  /** Where it listens: where the platform sets `DENO_SERVE_ADDRESS`, perhaps another kind of address. */
+  readonly addr: Deno.NetAddr;
+  /** Writes what is pending, closes every socket with 1001 and ends, within 2 s even if the database hangs. */
+  shutdown(): Promise<void>;
+}
+
+/**
+ * Starts a chat server. It serves the page at `/` and its health at `/healthz`, and upgrades WebSockets on any path.
+ *
+ * Throws a `RangeError` for an option that makes no sense, `Deno.errors.AddrInUse` if the port is taken, what reading
+ * the certificate throws, what `Deno.openKv` throws, and an `Error` for a log that cannot be read.
+ *
+ * ```ts
+ * import { startChat } from "./main.ts";
+ *
+ * await using chat = await startChat({ port: 0, db: ":memory:" });
+ * console.log(chat.addr.port);
+ * ```
+ */
+export async function startChat(options: ChatOptions = {}): Promise<Chat> {
+  const settings = settle(options), { port, hostname, db, tlsCert, tlsKey } = settings;
+  const [cert, key] = await Promise.all([tlsCert, tlsKey].map((path) => path && Deno.readTextFile(path)));
+  const servePage = pageServer(settings.title), ended = new AbortController();
+  let room: Room | undefined; // until the log is read, the page is served and sockets wait
+  const opening = (async () => {
+    room = new Room(typeof db === "object" ? db : await Deno.openKv(db), settings);
+    await room.open();
+    return room;
+  })();
+  const handler = async (request: Request, { remoteAddr }: Deno.ServeHandlerInfo) => {
+    if (!URL.canParse(request.url)) return answer(400, "Bad request");
+    const { pathname } = new URL(request.url), isSocket = /^websocket$/i.test(request.headers.get("upgrade") ?? "");
+    if (isSocket) return upgrade(request, remoteAddr, await opening);
+    if (pathname !== "/" && pathname !== "/healthz") return answer(404, "Not found");
+    if (!/^(GET|HEAD)$/.test(request.method)) return answer(405, "Method not allowed", { allow: "GET, HEAD" });
+    if (pathname === "/") return await servePage(request);
+    const trouble = room ? room.store.trouble : OPENING;
+    return trouble ? answer(503, trouble) : answer(200, "ok");
+  };
+  const shutdown = once(async () => {
+    await room?.close();
+    ended.abort();
+  });
+  try {
+    const addr = listen({ port, hostname, ...tlsCert && { cert, key }, signal: ended.signal }, handler);
+    await opening;
+    return { addr, shutdown, [Symbol.asyncDispose]: shutdown };
+  } catch (error) {
+    await opening.catch(() => {});
+    await shutdown();
+    throw error;
+  }
+}
+
+const OPENING = "The room is opening";
+const answer = (status: number, body: string, headers?: HeadersInit) => new Response(`${body}\n`, { status, headers });
+
+/** Answers a handshake with a socket for the room, or with why there is none. */
+function upgrade(request: Request, remoteAddr: Deno.Addr, room: Room): Response {
+  const forwarded = room.settings.trustProxy && request.headers.get("x-forwarded-for")?.split(",").at(-1)?.trim();
+  const address = forwarded || ("hostname" in remoteAddr ? remoteAddr.hostname : undefined); // none on a Unix socket
+  if (!isAllowed(request, room.settings)) return answer(403, "This page may not connect");
+  if (room.isFull(address)) return answer(503, "The room is full", { "retry-after": "30" });
+  try {
+    const { socket, response } = Deno.upgradeWebSocket(request, room.settings);
+    room.add(socket, address);
+    return response;
+  } catch {
+    return answer(400, "This is not a WebSocket handshake");
+  }
+}
+
+/** Whether the page that sends a handshake may: it is the server's own or an allowed one, or it is no page. */
+function isAllowed({ headers }: Request, { allowedOrigins, tlsCert, trustProxy }: Settings): boolean {
+  const origin = headers.get("origin");
+  if (origin === null || allowedOrigins.includes(origin)) return true;
+  const isSecure = tlsCert || trustProxy && headers.get("x-forwarded-proto") === "https";
+  const scheme = URL.parse(origin)?.protocol;
+  if (scheme !== "https:" && (scheme !== "http:" || isSecure)) return false;
+  return URL.parse(`${scheme}//${headers.get("host")}`)?.origin === origin; // an origin has no default port
+}
+
+/** Makes what answers with the page. It may run its own script and style, talk to its own server, and nothing else. */
+function pageServer(title: string): (request: Request) => Promise<Response> {
+  const name = title.replace(/[&<>]/g, (char) => ({ "&": "&amp;", "<": "&lt;", ">": "&gt;" })[char]!);
+  const html = page.replaceAll(">Chat<", () => `>${name}<`);
+  const hash = async (tag: string) => {
+    const content = html.match(new RegExp(`<${tag}[^>]*>([^]*?)</${tag}>`))?.[1] ?? "";
+    return `${tag}-src 'sha256-${(await sha256(content)).toBase64()}'; `;
+  };
+  const headers = once(async () => ({
+    "content-type": "text/html; charset=utf-8",
+    "cache-control": "no-cache",
+    "content-security-policy": "default-src 'none'; " + await hash("script") + await hash("style") +
+      "img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; " +
+      "require-trusted-types-for 'script'; trusted-types 'none'",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+    "permissions-policy": "camera=(), geolocation=(), microphone=()",
+    "referrer-policy": "no-referrer",
+    "vary": "accept-encoding",
+    "x-content-type-options": "nosniff",
+  }));
+  const compressed = (method: "brotliCompress" | "gzip") =>
+    once(async () => { // smaller by a tenth than what `CompressionStream` makes
+      const { [method]: compress } = await import("node:zlib");
+      return await new Promise<BodyInit>((resolve, reject) =>
+        compress(html, (error, bytes) => error ? reject(error) : resolve(new Uint8Array(bytes)))
+      );
+    });
+  const bodies = { br: compressed("brotliCompress"), gzip: compressed("gzip") };
+  return async (request) => {
+    const codings = (request.headers.get("accept-encoding") ?? "").replaceAll(/[^,]*;\s*q=0(\.0*)?\s*(,|$)/g, "");
+    const coding = (["br", "gzip"] as const).find((coding) => new RegExp(`\\b${coding}\\b`).test(codings));
+    if (!coding) return new Response(html, { headers: await headers() });
+    return new Response(await bodies[coding](), { headers: { ...await headers(), "content-encoding": coding } });
+  };
+}
+
+const RETRY = 500; // ms after which what failed is tried again
+
+/** Listens, and again on the same port if accepting fails, as it does where no file descriptor is left. Returns where. */
+function listen(options: Deno.ServeTcpOptions & { signal: AbortSignal }, handler: Deno.ServeHandler): Deno.NetAddr {
+  const onError = (error: unknown) => (report(error), answer(500, "Internal error"));
+  const { addr, finished } = Deno.serve({ ...options, onError, onListen() {} }, handler);
+  const again = async (): Promise<unknown> => {
+    await wait(RETRY);
+    return options.signal.aborted || await Promise.try(listen, { ...options, port: addr.port }, handler).catch(again);
+  };
+  finished.catch((error) => (stderr.print(`New connections cannot be accepted: ${error.message}`), again()));
+  return addr;
+}
+
+// ──────────────────────────────────────────────────── The room ────────────────────────────────────────────────────
+
+const MAX_COPIES = 128 * 1024; // bytes that are given to sockets before these get time to send them
+const TICK = 50; // ms between looks at what is new, here and in the database
+const PASSWORD_DEADLINE = 10_000; // ms in which a room with a password must be joined
+const EXCHANGE = 20; // looks in the database after which it is also exchanged who is here
+const PAID = 200; // times that a look is left out where it is paid for: there the database tells of what is written
+const GRACE = 450; // ms that a shutdown waits for each of the log, the clients, the database and the terminal: 2 s in all
+
+/** Everyone who is connected, and what they are sent. A mistake with one client does not reach the others. */
+class Room {
+  readonly #clients = new Set<Client>();
+  readonly log: Log;
+  readonly store: Store;
+  readonly presence: Presence;
+  readonly #requests: Requests;
+  readonly #emptied = Promise.withResolvers<void>(); // when the last client has gone, at the end
+  #ticking?: ReturnType<typeof setInterval>;
+  hasNews = false; // there is something to announce
+  #isAnyoneBehind = false; // there are clients that have to read before they are given more
+  #announcing?: Promise<void>;
+  #looking?: Promise<void>;
+  #looks = 0;
+  #listening?: Promise<void>;
+  #isClosed = false;
+
+  constructor(readonly kv: Deno.Kv, readonly settings: Settings) {
+    this.log = new Log(settings.history);
+    this.store = new Store(kv, this.log, (accepted) => this.#written(accepted));
+    this.presence = new Presence(kv);
+    this.#requests = new Requests(this);
+  }
+
+  /** Reads the log, and keeps up with it from then on. Throws what the database throws. */
+  async open(): Promise<void> {
+    await this.store.open();
+    this.#ticking = setInterval(() => this.#tick(), TICK);
+  }
+
+  isFull(address: string | undefined): boolean {
+    const { maxClients, maxClientsPerAddress } = this.settings;
+    if (this.#clients.size >= maxClients) return true;
+    if (maxClientsPerAddress === 0 || address === undefined) return false;
+    const neighbours = this.#clients.values().filter((client) => client.address === address).toArray();
+    return neighbours.length >= maxClientsPerAddress;
+  }
+
+  /** Takes a socket in: once it is open it gets every message, unless there is a password. */
+  add(socket: WebSocket, address: string | undefined): void {
+    const client = new Client(this, socket, address);
+    socket.onopen = () => {
+      if (this.#isClosed) return client.close(1001, "the server is going away");
+      if (this.isFull(address)) return client.close(1013, "the room is full"); // others came since the handshake
+      this.#clients.add(client);
+      if (!this.settings.password) return void (client.place = this.log.head);
+      const deadline = Math.min(PASSWORD_DEADLINE, 1000 * this.settings.idleTimeout);
+      client.timer = setTimeout(() => client.close(1008, "no password in time"), deadline);
+    };
+    socket.onmessage = ({ data }) => this.#requests.receive(client, data);
+    socket.onclose = () => {
+      client.close(1000, "");
+      this.#clients.delete(client); // until then it counts: a peer that does not answer is not gone
+      if (this.#isClosed && this.#clients.size === 0) this.#emptied.resolve();
+    };
+  }
+
+  /** Does something with everyone, with some at a time so that nothing else waits long. It returns how many bytes it sent. */
+  async #broadcast(send: (client: Client) => number): Promise<void> {
+    let copied = 0;
+    for (const client of this.#clients) {
+      if ((copied += send(client)) < MAX_COPIES) continue;
+      await turn(); // the copies are sent while they are in the processor's cache
+      copied = 0;
+    }
+  }
+
+  /** Sends a client what comes after its place: the rest of it when it has read that. */
+  feed(client: Client): number {
+    const sent = client.feed();
+    this.#isAnyoneBehind ||= client.place < this.log.head;
+    return sent;
+  }
+
+  async #feedAll(): Promise<void> {
+    this.#isAnyoneBehind = false;
+    await this.#broadcast((client) => this.feed(client)).catch(report); // what is not sent now is sent the next time
+  }
+
+  async #written(accepted: Message[]): Promise<void> {
+    if (this.settings.log && accepted.length > 0) {
+      const first = this.log.head - accepted.length + 1, [{ username, message }] = accepted;
+      const one = `${first} from ${JSON.stringify(username)}, ${message.length} characters`;
+      stdout.print(`Message received: ${accepted.length > 1 ? `${accepted.length} at once, from ${first} on` : one}`);
+    }
+    await this.#feedAll();
+  }
+
+  /** What is done again and again. Nothing of it waits for the rest: the database may hang, and a crowd takes its time. */
+  #tick(): void {
+    if (this.#isAnyoneBehind) this.#feedAll();
+    if (this.hasNews) this.#announcing ??= this.#announce().catch(report).finally(() => this.#announcing = undefined);
+    this.#looking ??= this.#look().catch(() => {}).finally(() => this.#looking = undefined); // the store reports failures
+  }
+
+  /** Tells everyone who joined who came, left and is typing: a rush of them is a few frames. */
+  async #announce(): Promise<void> {
+    this.hasNews = false;
+    const [roster, changes] = this.presence.news();
+    await this.#broadcast((client) => {
+      const frame = client.needsRoster ? roster : changes;
+      if (!client.joined || !frame) return 0;
+      client.needsRoster = client.isFull() || !client.send(frame);
+      this.hasNews ||= client.needsRoster; // it is told when it reads again
+      return frame.length;
+    });
+  }
+
+  /** Sees what other instances wrote, and lets them see who is here. */
+  async #look(): Promise<void> {
+    const { db } = this.settings, isPaid = db === undefined || typeof db === "string" && isUrl(db);
+    const looks = this.#looks++;
+    const listen = async () => {
+      for await (const [{ versionstamp }] of this.kv.watch([HEAD])) await this.store.sync(versionstamp);
+    };
+    if (isPaid) this.#listening ??= listen().catch(() => {}).finally(() => this.#listening = undefined);
+    if (looks % (isPaid ? PAID : EXCHANGE) === 0) await this.presence.exchange().then(() => this.hasNews = true);
+    if (looks % (isPaid ? PAID : 1) === 0) await this.store.sync((await this.kv.get(HEAD)).versionstamp);
+  }
+
+  /** Writes what is pending, closes every socket with 1001, and closes the database, or leaves behind one that hangs. */
+  async close(): Promise<void> {
+    this.#isClosed = true;
+    await within(GRACE, this.store.working);
+    this.store.isClosed = true;
+    for (const client of this.#clients) client.close(1001, "the server is going away");
+    clearInterval(this.#ticking);
+    if (this.#clients.size > 0) await within(GRACE, this.#emptied.promise);
+    const leave = async () => {
+      await this.#looking;
+      await this.presence.exchange().catch(() => {}); // else the others presume this instance dead, later
+      await this.store.working;
+      if (this.kv !== this.settings.db) this.kv.close();
+    };
+    await within(GRACE, leave());
+  }
+}
+
+// ──────────────────────────────────────────────────── A client ────────────────────────────────────────────────────
+
+const MAX_UNSENT = 1024 * 1024; // bytes that wait for a client before it is given nothing more
+const STALL = 30_000; // ms that a client may take nothing of that
+const BURST = 5000; // ms whose worth of tokens a bucket holds
+
+/** A token bucket. All there is to know of it is when it is full again, in ms since the process began. */
+class Bucket {
+  fullAt = 0;
+
+  constructor(readonly rate: number) {} // tokens a second
+
+  /** Takes so many tokens, if there are; returns the milliseconds until there are: 0, or less, if they were taken. */
+  spend(price = 1): number {
+    const now = performance.now(), fullAt = Math.max(this.fullAt, now) + 1000 * price / this.rate;
+    if (fullAt <= now + BURST) this.fullAt = fullAt;
+    return Math.ceil(fullAt - now - BURST);
+  }
+}
+
+/** A connection: its socket, its place in the log, and what it may still ask for. */
+class Client {
+  /** The newest message it was sent. At infinity it is sent none: it has yet to give the password, or is closed. */
+  place = Infinity;
+  joined = false; // then a frame to it may hold several events, one a line
+  username?: string; // that it joined with
+  tag?: string; // what its key makes of it
+  joining?: Promise<void>; // a join that is under way; what it sends meanwhile waits for that
+  needsRoster = false; // it has to be told who is here, and not only what changed
+  isClosed = false; // nothing is taken from it and given to it any more
+  timer?: ReturnType<typeof setTimeout>; // of when it is closed
+  readonly buckets: Partial<Record<Limit, Bucket>> = {}; // what it may still ask for
+  #unsent = 0; // at most so many bytes wait to be sent
+  #waiting = Infinity; // so many did when it was last seen to have enough
+  #tookAt = 0; // when it took some of them, in ms since the process began
+  #hasFailed = false;
+
+  constructor(readonly room: Room, readonly socket: WebSocket, readonly address: string | undefined) {}
+
+  /** Sends what comes after its place, as long as it reads. Returns at most how many bytes that were. */
+  feed(): number {
+    const { log } = this.room;
+    let sent = 0;
+    while (this.place < log.head && !this.isFull()) {
+      const batch = log.after(this.place);
+      if (!batch) this.close(1013, "too slow: what comes next is no longer kept");
+      else if (
+        this.joined ? this.send(batch.text, batch.bytes) : batch.lines.every((line) => this.send(line) && ++this.place)
+      ) {
+        this.place = Math.max(this.place, batch.last);
+        sent += batch.bytes;
+      } else break;
+    }
+    if (this.place > log.head && this.place < Infinity) this.close(1013, "the room was replaced");
+    return sent;
+  }
+
+  /** Sends a frame; false if that cannot be done. A character has at most 3 bytes. */
+  send(frame: string, bytes = 3 * frame.length): boolean {
+    if (this.socket.readyState !== WebSocket.OPEN) return false;
+    try {
+      this.socket.send(frame);
+    } catch (error) {
+      if (!this.#hasFailed) report(error);
+      this.#hasFailed = true;
+      return false;
+    }
+    this.#unsent += bytes;
+    // The log stops at MAX_UNSENT. A client that asks for more and reads nothing is closed.
+    if (this.#unsent > 2 * MAX_UNSENT && this.isFull() && this.#unsent > 2 * MAX_UNSENT) this.close(1013, "too slow");
+    return true;
+  }
+
+  /** Whether as much waits for it as may. If it takes nothing of that for long, it is closed. */
+  isFull(): boolean {
+    if (this.#unsent <= MAX_UNSENT) return false; // the socket is asked no more often: that costs
+    this.#unsent = this.socket.bufferedAmount;
+    const isFull = this.#unsent > MAX_UNSENT, now = performance.now();
+    if (isFull && this.#unsent < this.#waiting) this.#tookAt = now;
+    this.#waiting = isFull ? this.#unsent : Infinity;
+    if (isFull && now - this.#tookAt > STALL) this.close(1013, "too slow");
+    return isFull;
+  }
+
+  /** Ends the connection, after `delay` milliseconds. The client has left at once: its peer may never answer. */
+  close(code: number, reason: string, delay = 0): void {
+    clearTimeout(this.timer);
+    if (delay > 0) this.timer = setTimeout(() => this.socket.close(code, reason), delay);
+    else this.socket.close(code, reason);
+    if (this.joined) this.room.presence.count(this.username, -1);
+    this.room.hasNews ||= this.joined;
+    this.joined = false;
+    this.isClosed = true;
+    this.place = Infinity;
+  }
+}
+
+// ───────────────────────────────────────────── What a client may ask for ─────────────────────────────────────────────
+
+const MAX_FRAME = 64 * 1024; // bytes of a frame from a client: far over every limit
+const RATES = { join: 2, history: 5, typing: 2, ping: 2, error: 20 }; // a second, besides messages and frames
+const PAGE = 200; // messages that a join without `since`, or a request for history, is answered with
+const SYNC = 1000; // ms that a client is waited for which has seen more than is known here
+const PASSWORD_DELAY = 1000, GUESSES = 1; // ms until a wrong password is answered; a second, from one address
+
+type Limit = "frame" | Incoming["event"]; // a frame is paid for before it is looked at, and then what it asks for
+
+/** Does what clients ask for, each as often as it may. */
+class Requests {
+  readonly #salt = crypto.randomUUID(); // so that the time it takes to compare two hashes says nothing of them
+  readonly #guesses = new Map<string, Bucket>(); // of addresses that gave a wrong password
+
+  constructor(readonly room: Room) {}
+
+  /** Takes a frame. A mistake in doing what it asks for ends this connection and no other. */
+  receive(client: Client, frame: string | ArrayBuffer): void {
+    const isLong = typeof frame === "string" && frame.length > MAX_FRAME / 3; // a character has at most 3 bytes
+    const size = typeof frame !== "string" ? frame.byteLength : isLong ? ENCODER.encode(frame).length : frame.length;
+    if (client.isClosed) return;
+    if (size > MAX_FRAME) return client.close(1009, `a frame may have ${MAX_FRAME} bytes`);
+    if (!this.#pay(client, "frame", undefined, 1 + size / 1024)) return;
+    if (client.joining) client.joining.then(() => this.#do(client, frame));
+    else this.#do(client, frame);
+  }
+
+  #do(client: Client, frame: string | ArrayBuffer): void {
+    try {
+      if (!client.isClosed) this.#answer(client, check(frame));
+    } catch (error) {
+      this.#fail(client, error);
+    }
+  }
+
+  #fail(client: Client, error: unknown): void {
+    report(error);
+    client.close(1011, "internal error");
+  }
+
+  #answer(client: Client, incoming: Incoming): void {
+    if (incoming.event === "error") return this.#refuse(client, incoming);
+    const { event } = incoming, id = event === "send_message" ? incoming.id : undefined;
+    if (!this.#pay(client, event, id)) return;
+    if (event === "join") return this.#join(client, incoming);
+    if (client.place === Infinity) return this.#refuse(client, refusal("join with the password first", id));
+    if (event === "send_message") return this.#accept(client, incoming);
+    if (event === "ping") return void client.send('{"event":"pong"}');
+    if (event === "history") {
+      if (!client.joined) return this.#refuse(client, refusal("join before asking for history"));
+      if (client.isFull()) return this.#refuse(client, refusal("too much is waiting to be read", undefined, 1000));
+      const { before } = incoming, messages = this.room.log.before(before);
+      return void client.send(`{"event":"history","before":${before},"messages":[${messages}]}`);
+    }
+    if (!client.username) return this.#refuse(client, refusal("join with a username before typing"));
+    this.room.presence.typing.add(client.username);
+    this.room.hasNews = true;
+  }
+
+  #pay(client: Client, limit: Limit, id?: string, price?: number): boolean {
+    const wait = this.#spend(client, limit, price);
+    const what = { send_message: "messages", frame: "frames" }[limit as string] ?? `${limit} requests`;
+    if (wait > 0) this.#refuse(client, refusal(`too many ${what}`, id, wait));
+    return wait <= 0;
+  }
+
+  #spend(client: Client, limit: Limit, price?: number): number {
+    const { rateLimit } = this.room.settings, rates = { ...RATES, send_message: rateLimit, frame: 50 + 5 * rateLimit };
+    return rateLimit > 0 ? (client.buckets[limit] ??= new Bucket(rates[limit])).spend(price) : 0;
+  }
+
+  /** Says what is wrong, unless the client does not care: then it is closed. */
+  #refuse(client: Client, refusal: Refusal): void {
+    if (this.#spend(client, "error") > 0) client.close(1013, "too many errors");
+    else client.send(JSON.stringify(refusal));
+  }
+
+  #accept(client: Client, message: Message): void {
+    const { id, username } = message, { log, store } = this.room, known = id === undefined ? id : log.ids.get(id);
+    if (known !== undefined && known > client.place) return; // it comes in its turn
+    if (known !== undefined) return void client.send(log.line(known));
+    if (client.tag) message.body = `${message.body.slice(0, -1)},"tag":"${client.tag}"}`;
+    this.room.presence.typing.delete(username);
+    if (!store.append(message)) this.#refuse(client, refusal("the room cannot take more messages just now", id, 1000));
+  }
+
+  /** Lets a client in, if it knows the password; whatever else it sends is looked at after that. */
+  #join(client: Client, join: Join): void {
+    const joined = client.place < Infinity ? this.#admit(client, join) : this.#askPassword(client, join);
+    client.joining = joined.catch((error) => this.#fail(client, error)).finally(() => client.joining = undefined);
+  }
+
+  async #admit(client: Client, { username, since, time, key }: Join): Promise<void> {
+    const { log, presence, store } = this.room;
+    if (key) client.tag = (await sha256(key)).toBase64({ alphabet: "base64url" }).slice(0, 12);
+    if (since !== undefined && since > log.head) await within(SYNC, store.sync()); // it was on another instance
+    if (client.isClosed) return;
+    const { head, oldest } = log, isKnown = since !== undefined && log.has(since, time);
+    const resumed = isKnown && since >= oldest - 1;
+    if (client.joined) presence.count(client.username, -1);
+    presence.count(username, 1);
+    client.place = Math.max(isKnown ? since : head - PAGE, oldest - 1);
+    client.username = username;
+    client.joined = client.needsRoster = true;
+    client.send(JSON.stringify({ event: "joined", seq: head, oldest, resumed, username, tag: client.tag }));
+    this.room.feed(client);
+    this.room.hasNews = true;
+  }
+
+  /** Closes a client that does not know the password, and lets its address not guess on at will. */
+  async #askPassword(client: Client, join: Join): Promise<void> {
+    const { address = "" } = client, hash = async (text: string) => (await sha256(this.#salt + text)).toBase64();
+    if (join.password === undefined) return client.close(1008, "this room has a password");
+    const isRight = await hash(join.password) === await hash(this.room.settings.password);
+    const guesses = this.#guesses.get(address) ?? new Bucket(GUESSES);
+    const isTired = guesses.fullAt > performance.now() + BURST - 1000 / GUESSES;
+    if (isTired) return client.close(1013, "too many wrong passwords, try again later", PASSWORD_DELAY);
+    if (isRight) {
+      clearTimeout(client.timer);
+      return await this.#admit(client, join);
+    }
+    client.close(1008, "wrong password", PASSWORD_DELAY);
+    guesses.spend();
+    if (address) this.#guesses.set(address, guesses);
+    for (const [address, bucket] of this.#guesses) if (bucket.fullAt < performance.now()) this.#guesses.delete(address);
+  }
+}
+
+// ──────────────────────────────────────────────────── The log ────────────────────────────────────────────────────
+
+const MAX_BATCH = 64 * 1024; // UTF-16 units of lines in one frame
+
+/** Messages that are sent together: the numbers of the first and the last, their lines, these as text, its size at most. */
+type Batch = { first: number; last: number; lines: string[]; text: string; bytes: number };
+
+/** The messages that are kept, in memory: their lines, oldest first, without a gap. */
+class Log {
+  head = 0; // the number of the newest message
+  readonly ids = new Map<string, number>(); // the message that an id names: Infinity while it is not written
+  #lines: string[] = [];
+  #newest?: Batch; // what nearly everyone gets next
+
+  constructor(readonly history: number) {}
+
+  get oldest(): number {
+    return this.head - this.#lines.length + 1;
+  }
+
+  line(seq: number): string {
+    return this.#lines[seq - this.oldest];
+  }
+
+  /** What comes after message `seq`, one batch of it; undefined if that is no longer kept. */
+  after(seq: number): Batch | undefined {
+    const first = seq + 1, start = first - this.oldest;
+    if (this.#newest?.first === first) return this.#newest;
+    if (start < 0) return undefined;
+    let end = start, units = 0;
+    do units += this.#lines[end++].length + 1; while (end < this.#lines.length && units < MAX_BATCH);
+    const lines = this.#lines.slice(start, end);
+    return { first, last: seq + lines.length, lines, text: lines.join("\n"), bytes: 3 * units };
+  }
+
+  /** The lines before message `seq`, as many as make a {@linkcode PAGE}. */
+  before(seq: number): string[] {
+    const end = Math.max(0, Math.min(seq, this.head + 1) - this.oldest);
+    const lines = this.#lines.slice(Math.max(0, end - PAGE), end);
+    let units = 0;
+    return lines.slice(lines.findLastIndex((line) => (units += line.length) > MAX_BATCH) + 1);
+  }
+
+  /** Whether this log has message `seq`, with this time, or may have deleted it. */
+  has(seq: number, time?: number): boolean {
+    if (seq > this.head || seq === 0 || time === undefined) return seq <= this.head;
+    const known = JSON.parse(this.line(Math.max(seq, this.oldest))).time;
+    return seq < this.oldest ? time <= known : time === known;
+  }
+
+  add(batch: Batch, ids: (string | undefined)[]): void {
+    this.#newest = batch;
+    this.head = batch.last;
+    this.#lines.push(...batch.lines);
+    this.#lines.splice(0, this.#lines.length - this.history);
+    for (const [i, id] of ids.entries()) {
+      if (id) this.ids.delete(id); // so that the map stays in order
+      if (id) this.ids.set(id, batch.first + i);
+    }
+    for (const [id, seq] of this.ids) {
+      if (seq >= this.oldest) break;
+      this.ids.delete(id);
+    }
+  }
+
+  restart(head: number): void {
+    this.head = head;
+    this.#lines = [];
+    this.#newest = undefined;
+    for (const [id, seq] of this.ids) if (seq < Infinity) this.ids.delete(id);
+  }
+}
+
+const HEAD = ["chat", "head"]; // `{ layout, last }`: the number of the newest message
+const LOG = ["chat", "log"]; // and the number of an entry's first message: its lines, joined, in UTF-8
+const HERE = ["chat", "here"]; // and an instance: its `Roster`
+const LAYOUT = 1; // of all that
+const MAX_VALUE = 64 * 1024; // bytes of one value in KV, and so of one entry
+const MAX_DELETES = 500, MAX_QUEUE = 8000; // entries that one commit deletes; messages that wait for the next
+const MAX_TURNS = 20; // turns of the event loop that arriving messages are waited for
+const HANGS = 5000; // ms without an answer after which the database is said to hang
+
+/**
+ * The log in Deno KV: what is accepted is written there, and what other instances write is read from there.
+ *
+ * What arrives while one commit is under way is written by the next (a group commit). A commit succeeds only if the
+ * head still has the versionstamp known here, and so only on top of everything written before, by whichever instance:
+ * there is one order, and looking for an id in the log is exact. Everything passes through one loop.
+ */
+class Store {
+  isClosed = false; // nothing more is begun
+  working?: Promise<void>; // until everything is written that was accepted, and read that was asked for
+  readonly #buffer = new Uint8Array(MAX_VALUE);
+  #version: string | null = null; // the versionstamp of the head
+  #entries: number[] = []; // the first messages of the entries that the database holds
+  #queue: Message[] = [];
+  #uncertain?: string; // the entry of a commit that failed, and may have been written all the same
+  #isBehind = true; // another instance has written, or may have
+  #askedAt = 0; // when the database was last asked, in ms since the process began
+  #failure?: string = OPENING; // why nothing can be written
+
+  /** `written` is told that the log has grown: by these messages, if they were accepted here. */
+  constructor(readonly kv: Deno.Kv, readonly log: Log, readonly written: (accepted: Message[]) => Promise<void>) {}
+
+  /** Reads the log. Throws what the database throws, and an `Error` for an entry that cannot be read. */
+  async open(): Promise<void> {
+    while (this.#isBehind) await this.#pull();
+    this.#failure = undefined;
+  }
+
+  /** Why messages cannot be written; undefined while they can. */
+  get trouble(): string | undefined {
+    if (this.#failure) return this.#failure;
+    return this.working && performance.now() - this.#askedAt > HANGS ? "The database does not answer" : undefined;
+  }
+
+  /** Takes a message to be written; false if too much is waiting. */
+  append(message: Message): boolean {
+    if (this.#queue.length >= MAX_QUEUE) return false;
+    this.#queue.push(message);
+    if (message.id) this.log.ids.set(message.id, Infinity);
+    this.#work();
+    return true;
+  }
+
+  /** Resolves when what was written is known here: all of it, or all until this version of the head. */
+  async sync(version?: string | null): Promise<void> {
+    if (version !== undefined) await this.working; // which may be writing that version
+    if (version === this.#version) return;
+    this.#isBehind = true;
+    await this.#work();
+  }
+
+  #work(): Promise<void> {
+    return this.working ??= this.#loop().finally(() => this.working = undefined);
+  }
+
+  /** Reads what others wrote, writes what is waiting: as long as there is any of it. */
+  async #loop(): Promise<void> {
+    while (!this.isClosed && (this.#isBehind || this.#queue.length > 0)) {
+      this.#askedAt = performance.now();
+      try {
+        await (this.#isBehind ? this.#pull() : this.#commit());
+        if (this.#failure) stderr.print("The database works again");
+        this.#failure = undefined;
+      } catch (error) {
+        this.#isBehind = true; // nothing is dropped: senders get no confirmation until it is written
+        const failure = `The database fails: ${(error as Error).message}`;
+        if (!this.#failure) stderr.print(failure);
+        this.#failure = failure;
+        await wait(RETRY);
+      }
+    }
+  }
+
+  async #commit(): Promise<void> {
+    for (let turns = 0, before = -1; turns < MAX_TURNS && this.#queue.length > before; turns++) {
+      before = this.#queue.length; // until a turn brings nothing more, so that what arrives now is written together
+      await turn();
+    }
+    const text = this.#uncertain ?? this.#nextEntry(Date.now()), lines = text.split("\n");
+    const first = this.log.head + 1, last = this.log.head + lines.length, expired = this.#expired(last);
+    const { written: bytes } = ENCODER.encodeInto(text, this.#buffer);
+    const commit = this.kv.atomic().check({ key: HEAD, versionstamp: this.#version });
+    commit.set(HEAD, { layout: LAYOUT, last }).set([...LOG, first], this.#buffer.subarray(0, bytes));
+    for (const entry of expired) commit.delete([...LOG, entry]);
+    this.#uncertain = text; // if this throws, the same is tried again, until it is known what became of it
+    const result = await commit.commit();
+    this.#isBehind = !result.ok;
+    if (!result.ok) return;
+    this.#uncertain = undefined;
+    this.#version = result.versionstamp;
+    this.#entries.splice(0, expired.length);
+    this.#entries.push(first);
+    const accepted = this.#queue.splice(0, lines.length);
+    this.log.add({ first, last, lines, text, bytes }, accepted.map(({ id }) => id));
+    await this.written(accepted);
+  }
+
+  #nextEntry(time: number): string {
+    const lines: string[] = [];
+    let seq = this.log.head, units = 0;
+    for (const { body } of this.#queue) {
+      const line = `{"event":"receive_message","seq":${++seq},"time":${time},${body}`;
+      if ((units += line.length + 1) > MAX_VALUE) break;
+      lines.push(line);
+    }
+    const text = lines.join("\n"), { read } = ENCODER.encodeInto(text, this.#buffer);
+    return read < text.length ? text.slice(0, text.lastIndexOf("\n", read)) : text;
+  }
+
+  /** Reads what others wrote, and drops from the queue what is there already. */
+  async #pull(): Promise<void> {
+    const { value, versionstamp } = await this.kv.get<{ layout: number; last: number }>(HEAD);
+    const { layout, last } = value ?? { layout: LAYOUT, last: 0 };
+    if (layout !== LAYOUT) throw new Error(`the database has layout ${layout}, and this program knows only ${LAYOUT}`);
+    if (versionstamp !== this.#version) {
+      if (last < this.log.head) await this.#restart(0); // the room was emptied
+      await this.#read(last);
+      this.#uncertain = undefined; // it was written on top of another head, or never will be
+      for (const message of this.#queue.splice(0)) {
+        if (!message.id || this.log.ids.get(message.id) === Infinity) this.append(message);
+      }
+    }
+    this.#version = versionstamp;
+    this.#isBehind = false;
+  }
+
+  async #read(last: number): Promise<void> {
+    for await (const { key, value } of this.kv.list({ start: [...LOG, this.log.head + 1], end: [...LOG, last + 1] })) {
+      const first = Number(key.at(-1)), { text, lines, ids } = decode(key, value);
+      if (first > this.log.head + 1) await this.#restart(first - 1); // what was before it is deleted
+      if (text === this.#uncertain) this.#queue.splice(0, lines.length);
+      if (this.#version !== null) this.#entries.splice(0, this.#expired(this.log.head).length); // by who wrote this
+      this.#entries.push(first);
+      this.log.add({ first, last: first + lines.length - 1, lines, text, bytes: 3 * text.length }, ids);
+      await this.written([]);
+    }
+    if (this.log.head < last) decode([...LOG, this.log.head + 1], undefined);
+  }
+
+  async #restart(head: number): Promise<void> {
+    this.#entries = [];
+    this.log.restart(head);
+    await this.written([]);
+  }
+
+  /** The entries of which nothing is kept once `head` is the newest message; the last entry is always kept. */
+  #expired(head: number): number[] {
+    const oldest = head - this.log.history + 1;
+    const kept = this.#entries.findIndex((_, i) => (this.#entries[i + 1] ?? Infinity) > oldest);
+    return this.#entries.slice(0, Math.min(Math.max(kept, 0), MAX_DELETES));
+  }
+}
+
+/** What an entry holds. Throws an `Error` if it cannot be read. */
+function decode(key: Deno.KvKey, value: unknown): { text: string; lines: string[]; ids: (string | undefined)[] } {
+  try {
+    const text = new TextDecoder("utf-8", { fatal: true }).decode(value as Uint8Array), lines = text.split("\n");
+    return { text, lines, ids: lines.map((line) => JSON.parse(line).id) };
+  } catch {
+    const advice = "restore a backup, or delete that entry";
+    throw new Error(`the entry ${JSON.stringify(key)} of the database cannot be read: ${advice}`);
+  }
+}
+
+// ─────────────────────────────────────────────────── Who is here ───────────────────────────────────────────────────
+
+const HEARTBEAT = 10_000, PRESUMED_DEAD = 30_000; // ms until an instance writes again who is there, or counts no more
+const TRIVIAL = 1024, MAX_TYPING = 10; // UTF-16 units of changes, told even if all were fewer; names that are typing
+
+/** Who is on an instance, and when that was last seen to change: in ms since this process began, by no other clock. */
+type Roster = { online: number; users: string[]; version: string; at: number };
+
+/** Who is here, on this instance and on the others, and who is typing on this one. */
+class Presence {
+  readonly typing = new Set<string>(); // since that was last told
+  readonly #id = crypto.randomUUID();
+  #online = 0; // connections that joined, on this instance
+  readonly #users = new Map<string, number>(); // how many of them each name has
+  #others = new Map<string, Roster>(); // the other instances
+  #told = { online: 0, users: new Set<string>() }; // what the room was told last
+  #isChanged = false; // what the others read of this instance is not true any more
+  #writtenAt = -Infinity;
+
+  constructor(readonly kv: Deno.Kv) {}
+
+  /** A connection joined, or left if `by` is -1. */
+  count(username: string | undefined, by: 1 | -1): void {
+    this.#online += by;
+    this.#isChanged = true;
+    if (username === undefined) return;
+    const connections = (this.#users.get(username) ?? 0) + by;
+    if (connections > 0) this.#users.set(username, connections);
+    else this.#users.delete(username);
+  }
+
+  /** What to tell who came now, and what to tell the others: nothing, if nothing happened since this was last asked. */
+  news(): [roster: string, changes: string] {
+    const told = this.#told, others = [...this.#others.values()];
+    const users = new Set([...this.#users.keys(), ...others.flatMap(({ users }) => users)]);
+    const online = others.reduce((sum, { online }) => sum + online, this.#online);
+    this.#told = { online, users };
+    const joined = [...users.difference(told.users)], left = [...told.users.difference(users)];
+    const roster = JSON.stringify({ event: "presence", online, users: fitting(users) });
+    const changes = JSON.stringify({ event: "presence", online, joined, left });
+    const typing = [...this.typing].slice(0, MAX_TYPING).map((username) =>
+      JSON.stringify({ event: "typing", username })
+    );
+    this.typing.clear();
+    const isNew = joined.length > 0 || left.length > 0 || online !== told.online;
+    const news = isNew ? [changes.length > Math.max(roster.length, TRIVIAL) ? roster : changes] : [];
+    return [[roster, ...typing].join("\n"), [...news, ...typing].join("\n")];
+  }
+
+  /** Reads who is on the other instances, and lets them read who is on this one. Throws what the database throws. */
+  async exchange(): Promise<void> {
+    const now = performance.now(), others = new Map<string, Roster>(), own = [...HERE, this.#id];
+    for await (const { key, value, versionstamp: version } of this.kv.list<Roster>({ prefix: HERE })) {
+      const id = String(key.at(-1)), known = this.#others.get(id), at = known?.version === version ? known.at : now;
+      if (now - at > PRESUMED_DEAD) await this.kv.delete(key);
+      else if (id !== this.#id) others.set(id, { ...value, version, at });
+    }
+    this.#others = others;
+    if (!this.#isChanged && (this.#online === 0 || now - this.#writtenAt < HEARTBEAT)) return;
+    this.#isChanged = false;
+    if (this.#online === 0) await this.kv.delete(own);
+    else await this.kv.set(own, { online: this.#online, users: fitting(this.#users.keys()) });
+    this.#writtenAt = now;
+  }
+}
+
+/** As many of the names as one value holds, and one frame: in either a character has at most 3 bytes. */
+function fitting(names: Iterable<string>): string[] {
+  let bytes = 1024; // for the rest
+  return Iterator.from(names).filter((name) => (bytes += 3 * name.length + 3) < MAX_VALUE).toArray();
+}
+
+// ──────────────────────────────────────────── Checking what a client sends ────────────────────────────────────────────
+
+const MAX_USERNAME = 40, MAX_MESSAGE = 2000; // UTF-16 units, as maxlength counts
+const MAX_UNCLEAN = 400; // UTF-16 units of a name before it is cleaned: normalising takes the square of its length
+
+/** A message that can be accepted. Its body ends the line on the wire, which begins with its place in the order. */
+type Message = { event: "send_message"; username: string; message: string; id?: string; body: string };
+type Join = { event: "join"; username?: string; since?: number; time?: number; key?: string; password?: string };
+type Refusal = { event: "error"; error: string; id?: string; retry_after?: number }; // in milliseconds
+type Incoming = Message | Join | { event: "history"; before: number } | { event: "typing" | "ping" } | Refusal;
+
+function check(frame: string | ArrayBuffer): Incoming {
+  if (typeof frame !== "string") return refusal("a frame must be text, not binary");
+  let data: Record<string, unknown>;
+  try {
+    data = JSON.parse(frame);
+  } catch {
+    return refusal('a frame must be JSON, like {"event":"send_message","username":"Ada","message":"Hi"}');
+  }
+  if (typeof data !== "object" || data === null || Array.isArray(data)) return refusal("a frame must be a JSON object");
+  const { event = "message" in data ? "send_message" : undefined, before } = data;
+  if (event === "send_message") return checkMessage(data);
+  if (event === "join") return checkJoin(data);
+  if (event === "typing" || event === "ping") return { event };
+  if (event !== "history") return refusal("event must be send_message, join, history, typing or ping");
+  return isWhole(before) ? { event, before } : refusal("before must be a whole number, the oldest seq seen");
+}
+
+function checkMessage({ username, message, id }: Record<string, unknown>): Incoming {
+  if (id !== undefined && !isToken(id, /^[\w-]{1,64}$/)) return refusal("id must be 1 to 64 of A-Z a-z 0-9 _ -");
+  const name = cleanName(username), text = typeof message === "string" ? message.trim() : "";
+  if (!name) return refusal(`username must be 1 to ${MAX_USERNAME} characters`, id);
+  if (!text || text.length > MAX_MESSAGE) return refusal(`message must be 1 to ${MAX_MESSAGE} characters`, id);
+  const kept = { username: name, message: text.toWellFormed().replaceAll("\0", "\ufffd"), id };
+  return { event: "send_message", ...kept, body: JSON.stringify(kept).slice(1) };
+}
+
+function checkJoin({ username, since, time, key, password }: Record<string, unknown>): Incoming {
+  const name = cleanName(username);
+  if (username !== undefined && !name) return refusal(`username must be 1 to ${MAX_USERNAME} characters`);
+  if (since !== undefined && !isWhole(since)) return refusal("since must be a whole number, the last seq seen");
+  if (time !== undefined && !isWhole(time)) return refusal("time must be a whole number, the time of that message");
+  if (key !== undefined && !isToken(key, /^[\w-]{16,128}$/)) return refusal("key must be 16 to 128 of A-Z a-z 0-9 _ -");
+  if (password !== undefined && typeof password !== "string") return refusal("password must be a string");
+  return { event: "join", username: name, since, time, key, password };
+}
+
+const INVISIBLE = /[[\p{Cc}\p{Cf}\p{Default_Ignorable_Code_Point}\u2800]--[\t-\r]]/gv;
+const USUAL_NAME = /^[!-~]+(?: [!-~]+)*$/; // of which nothing has to be cleaned
+
+/** A name as it is shown: nothing in it can hide, reorder a line or start another one; undefined if it is none. */
+function cleanName(name: unknown): string | undefined {
+  if (typeof name !== "string" || name.length > MAX_UNCLEAN) return undefined;
+  const visible = USUAL_NAME.test(name) ? name : name.toWellFormed().replace(INVISIBLE, "").replace(/\s+/g, " ");
+  const clean = visible.trim().normalize();
+  return clean.length > 0 && clean.length <= MAX_USERNAME ? clean : undefined;
+}
+
+const isToken = (value: unknown, pattern: RegExp): value is string => typeof value === "string" && pattern.test(value);
+const isWhole = (value: unknown): value is number => Number.isSafeInteger(value) && (value as number) >= 0;
+
+/** What tells a client that something cannot be accepted, or for how many milliseconds it cannot. */
+function refusal(error: string, id?: string, wait?: number): Refusal {
+  const soon = wait === undefined ? "" : `: try again in ${Math.ceil(wait / 100) / 10} s`;
+  return { event: "error", error: error + soon, id, retry_after: wait };
+}
+
+// ──────────────────────────────────────────────────── Settings ────────────────────────────────────────────────────
 
 /** What {@linkcode startChat} can be told. Everything has a default. */
 export interface ChatOptions {
@@ -22,16 +914,15 @@ export interface ChatOptions {
   port?: number;
   /** The address to listen on; `0.0.0.0` is every network that the machine is on. Default: `127.0.0.1`. */
   hostname?: string;
-  /**
-   * Where the room is kept: a path, `:memory:`, the URL of a remote database, or a database that is open already
-   * (and stays open after the shutdown). Default: the storage that Deno itself has for this program.
-   */
+  /** A path, `:memory:`, the URL of a remote database, or an open one. Default: `chat.db`; on Deno Deploy the app's own. */
   db?: string | Deno.Kv;
+  /** The name of the room. Default: `Chat`. */
+  title?: string;
   /** How many messages are kept; the oldest are deleted as new ones come. Default: 10000. */
   history?: number;
   /** Whether accepted messages are logged to the terminal. Default: true. */
   log?: boolean;
-  /** What has to be known to join; the empty string lets everyone in. Default: everyone. */
+  /** The password that is required to join; the empty string lets everyone in. Default: everyone. */
   password?: string;
   /** Messages a second that a connection may send, five seconds' worth at once; 0 sets no limits. Default: 20. */
   rateLimit?: number;
@@ -51,1125 +942,159 @@ export interface ChatOptions {
   tlsKey?: string;
 }
 
-/** A chat that runs. `await using` shuts it down at the end of the block. */
-export interface Chat extends AsyncDisposable {
-  /** Where it listens. */
-  readonly addr: Deno.NetAddr;
-  /** Writes what is pending, closes every socket with 1001, and ends, within 2 s: a database that hangs is not waited for. */
-  shutdown(): Promise<void>;
-}
+type Settings = Required<Omit<ChatOptions, "db" | "tlsCert" | "tlsKey">> & ChatOptions;
 
-/** How a setting is read from the environment. */
-interface Setting<T> {
-  /** The variable. */
-  name: string;
-  /** What it is without that. */
-  preset: T;
-  /** What its text means; undefined if that makes no sense. */
-  read(text: string): T | undefined;
-  /** What would make sense. */
-  sense: string;
-}
+const TEXT = "a text", TITLE = "1 to 100 characters in one line", SWITCH = "on or off";
+const ORIGINS = "origins with commas between them, like https://chat.example";
 
-const anything = <T extends string | undefined>(name: string, preset: T): Setting<string | T> => (
-  { name, preset, read: (text) => text, sense: "a text" }
-);
-const whole = (name: string, preset: number, least = 0, most = Number.MAX_SAFE_INTEGER): Setting<number> => ({
-  name,
-  preset,
-  read: (text) => /^\d+$/.test(text) && Number(text) >= least && Number(text) <= most ? Number(text) : undefined,
-  sense: `a whole number from ${least} to ${most}`,
-});
-const onOrOff = (name: string, preset: boolean): Setting<boolean> => (
-  { name, preset, read: (text) => text === "on" || (text === "off" ? false : undefined), sense: "on or off" }
-);
-const origins = (name: string): Setting<string[]> => ({
-  name,
-  preset: [],
-  read: (text) => text.split(",").every((origin) => URL.parse(origin)?.origin === origin) ? text.split(",") : undefined,
-  sense: "origins with commas between them, like https://chat.example",
-});
+/** The variable that sets an option, its default, and what it must be: a number from and to, or as one of these says. */
+type Setting = [variable: string, preset: unknown, rule: [number, number] | string];
 
-const SETTINGS = {
-  port: whole("PORT", 8000, 0, 65_535),
-  hostname: anything("HOST", "127.0.0.1"),
-  db: anything("CHAT_DB", undefined),
-  history: whole("CHAT_HISTORY", 10_000, 1),
-  log: onOrOff("CHAT_LOG", true),
-  password: anything("CHAT_PASSWORD", ""),
-  rateLimit: whole("CHAT_RATE_LIMIT", 20),
-  maxClients: whole("CHAT_MAX_CLIENTS", 10_000, 1),
-  maxClientsPerAddress: whole("CHAT_MAX_CLIENTS_PER_ADDRESS", 0),
-  allowedOrigins: origins("CHAT_ALLOWED_ORIGINS"),
-  trustProxy: onOrOff("CHAT_TRUST_PROXY", false),
-  idleTimeout: whole("CHAT_IDLE_TIMEOUT", 30, 1),
-  tlsCert: anything("CHAT_TLS_CERT", undefined),
-  tlsKey: anything("CHAT_TLS_KEY", undefined),
-} satisfies { [Option in keyof ChatOptions]-?: Setting<ChatOptions[Option]> };
-
-/** Every option, with a value where it has a default. */
-type Settings = {
-  [Option in keyof typeof SETTINGS]: Exclude<ChatOptions[Option], undefined> | typeof SETTINGS[Option]["preset"];
+const SETTINGS: Record<keyof ChatOptions, Setting> = {
+  port: ["PORT", 8000, [0, 65_535]],
+  hostname: ["HOST", "127.0.0.1", TEXT],
+  db: ["CHAT_DB", undefined, TEXT],
+  title: ["CHAT_TITLE", "Chat", TITLE],
+  history: ["CHAT_HISTORY", 10_000, [1, 10_000_000]],
+  log: ["CHAT_LOG", true, SWITCH],
+  password: ["CHAT_PASSWORD", "", TEXT],
+  rateLimit: ["CHAT_RATE_LIMIT", 20, [0, 1_000_000]],
+  maxClients: ["CHAT_MAX_CLIENTS", 10_000, [1, 10_000_000]],
+  maxClientsPerAddress: ["CHAT_MAX_CLIENTS_PER_ADDRESS", 0, [0, 10_000_000]],
+  allowedOrigins: ["CHAT_ALLOWED_ORIGINS", [], ORIGINS],
+  trustProxy: ["CHAT_TRUST_PROXY", false, SWITCH],
+  idleTimeout: ["CHAT_IDLE_TIMEOUT", 30, [1, 86_400]],
+  tlsCert: ["CHAT_TLS_CERT", undefined, TEXT],
+  tlsKey: ["CHAT_TLS_KEY", undefined, TEXT],
 };
 
-const DEFAULTS = Object.fromEntries(
-  Object.entries(SETTINGS).map(([option, { preset }]) => [option, preset]),
-) as Settings;
-
-/** The options that the environment names. Throws a `RangeError` for one that makes no sense. */
-function environment(): ChatOptions {
-  const named = Object.entries(SETTINGS).flatMap(([option, { name, read, sense }]) => {
-    const text = Deno.env.get(name);
-    if (!text) return [];
-    const value = read(text);
-    if (value === undefined) throw new RangeError(`${name} must be ${sense}, not "${text}"`);
-    return [[option, value]];
+/** The settings that the options say, or without any the environment. Throws a `RangeError` for one without sense. */
+function settle(options?: ChatOptions): Settings {
+  const settings = Object.entries(SETTINGS).map(([option, [variable, preset, rule]]) => {
+    const given = options ? options[option as keyof ChatOptions] : Deno.env.get(variable) || undefined;
+    if (given === undefined || given instanceof Deno.Kv) return [option, given ?? preset];
+    const value = read(given, rule);
+    if (value !== undefined && (!options || typeof value === typeof given)) return [option, value];
+    const sense = typeof rule === "string" ? rule : `a whole number from ${rule.join(" to ")}`;
+    throw new RangeError(`${options ? option : variable} must be ${sense}, not ${JSON.stringify(given)}`);
   });
-  return Object.fromEntries(named);
+  const { db, tlsCert, tlsKey, ...rest } = Object.fromEntries(settings);
+  if (!tlsCert !== !tlsKey) throw new RangeError("a certificate and its key go together");
+  return { db: db ?? (Deno.env.has("DENO_DEPLOY") ? undefined : "chat.db"), tlsCert, tlsKey, ...rest };
 }
 
-const MAX_USERNAME = 40; // UTF-16 units, as maxlength counts
-const MAX_MESSAGE = 2000; // UTF-16 units
-const MAX_FRAME = 64 * 1024; // bytes of a frame from a client: far over every limit
-const MAX_UNSENT = 1024 * 1024; // bytes that wait for one slow reader before it is cut off
-const RATES = { join: 2, history: 5, typing: 2, ping: 2, error: 20, guess: 1 }; // a second, besides messages
-const BURST = 5000; // ms whose worth of events may come at once
-const WRONG = 1000; // ms until a wrong password is answered
-const JOIN = 10_000; // ms in which a client must join a room that has a password
-const MAX_QUEUE = 16 * 1024 * 1024; // UTF-16 units of messages that wait for the database
-const MAX_VALUE = 64 * 1024; // bytes of one value in KV, and so of one entry in the log
-const MAX_TURNS = 20; // turns of the event loop that arriving messages are waited for
-const MAX_COPIES = 128 * 1024; // bytes that are given to sockets before these get time to send them
-const MAX_DELETES = 500; // entries that one commit deletes: KV takes 1000 changes at most
-const PAGE = 200; // messages that a join without `since`, or a request for history, is answered with
-const MAX_BACKLOG = 192 * 1024; // UTF-16 units of older messages in one frame
-const GATHER = 100; // ms in which presence and typing are gathered into one frame
-const MAX_TYPING = 10; // names that are told to be typing at once
-const POLL = 1000; // ms between looks at what other instances wrote
-const MAX_ROSTER = 5000; // names in a roster: more might not fit into MAX_UNSENT
-const ROSTER = 500; // names in one value in KV
-const HEARTBEAT = 10_000; // ms after which an instance renews its roster
-const PRESUMED_DEAD = 30_000; // ms after which a roster that was not renewed is out of date
-const RETRY = { first: 25, most: 2000, silent: 3 }; // ms before a failed write is tried again; failures to report
-const DRAIN = 20; // ms between looks whether a slow reader took what it was sent
-const STALL = 30_000; // ms that a reader of its backlog may take nothing
-const REPORT = 8; // messages of one batch that are logged with a line each
-const SHUTDOWN = 600; // ms that the shutdown waits for the log, for presence and for the network: 2 s in all
+/** The value that is given, or that a text means; undefined if it makes no sense. */
+function read(given: unknown, rule: Setting[2]): unknown {
+  const text = `${given}`;
+  if (rule === SWITCH) return new Map([["on", true], ["true", true], ["off", false], ["false", false]]).get(text);
+  if (rule === TEXT || rule === TITLE && /^[^\p{Cc}]{1,100}$/u.test(text)) return text;
+  if (typeof rule !== "string") return /^\d+$/.test(text) && +text >= rule[0] && +text <= rule[1] ? +text : undefined;
+  const origins = rule === ORIGINS ? text.split(",").filter(Boolean) : [""];
+  return origins.every((origin) => URL.parse(origin)?.origin === origin) ? origins : undefined;
+}
 
+const isUrl = (db: string) => /^https?:\/\//.test(db);
+
+// ─────────────────────────────────────────── The terminal and the program ───────────────────────────────────────────
+
+const ENCODER = new TextEncoder();
 const turn = () => new Promise<void>((resolve) => setImmediate(resolve));
 const wait = (ms: number) => new Promise<void>((resolve) => setTimeout(resolve, ms));
 
-const report = (error: Error) => console.error(`The server made a mistake: ${error.message}`);
-
-/** Waits for the promise, but no longer than `ms`. */
 async function within(ms: number, promise: Promise<unknown> | undefined): Promise<void> {
   let timer;
   await Promise.race([promise, new Promise((resolve) => timer = setTimeout(resolve, ms))]);
   clearTimeout(timer);
 }
 
-// ─────────────────────────────────────────────── Events on the wire ───────────────────────────────────────────────
-
-/** A message that can be accepted. */
-interface Message {
-  event: "send_message";
-  username: string;
-  message: string;
-  id?: string;
-  /** Its part of the line on the wire: the start comes when its place in the order is known. */
-  body: string;
+function once<T>(make: () => Promise<T>): () => Promise<T> {
+  let made: Promise<T> | undefined;
+  return () => made ??= make();
 }
 
-/** What a client may send, once {@linkcode check} has seen it. */
-type Incoming =
-  | Message
-  | { event: "join"; username?: string; since?: number; password?: string }
-  | { event: "history"; before: number }
-  | { event: "typing" }
-  | { event: "ping" }
-  | Refusal;
-
-/** What a client is told when something cannot be accepted. `retry_after` is in milliseconds. */
-type Refusal = { event: "error"; error: string; id?: string; retry_after?: number };
-
-/** A message as everyone receives it. */
-const line = (seq: number, time: number, body: string) =>
-  `{"event":"receive_message","seq":${seq},"time":${time},${body}`;
-
-// ─────────────────────────────────────────── Checking what a client sends ───────────────────────────────────────────
-
-const INVISIBLE = /[[\p{Cc}\p{Cf}\p{Default_Ignorable_Code_Point}\u2800]--[\t-\r]]/gv;
-const ID = /^[\w-]{1,64}$/;
-
-/**
- * A message of which nothing has to be changed, as programs write it that have nothing but ASCII to say: its line on
- * the wire is a part of it, and needs neither parsing nor serialising.
- */
-const USUAL =
-  /^\{"event":"send_message",("username":"(?=[^"]{1,40}")([!#-[\]-~]+(?: [!#-[\]-~]+)*)","message":"([!#-[\]-~](?:[ !#-[\]-~]{0,1998}[!#-[\]-~])?)"(?:,"id":"([\w-]{1,64})")?\})$/;
-
-/** A name as it is shown: nothing in it can hide, reorder a line, or start another one. */
-const cleanName = (name: string) => name.toWellFormed().normalize().replace(INVISIBLE, "").replace(/\s+/g, " ").trim();
-
-/** Everything that a client may send is checked here. */
-function check(frame: unknown): Incoming {
-  if (typeof frame !== "string") return refusal("a frame must be text, not binary");
-  const usual = USUAL.exec(frame);
-  if (usual) {
-    const [, body, username, message, id] = usual;
-    return { event: "send_message", username, message, id, body };
-  }
-  let data: Record<string, unknown>;
-  try {
-    data = JSON.parse(frame);
-  } catch {
-    return refusal('a frame must be JSON, like {"event":"send_message","username":"Ada","message":"Hi"}');
-  }
-  if (typeof data !== "object" || data === null || Array.isArray(data)) {
-    return refusal("a frame must be a JSON object");
-  }
-  const { event = "message" in data ? "send_message" : undefined } = data;
-  switch (event) {
-    case "send_message": {
-      const { username, message, id } = data;
-      if (id !== undefined && !(typeof id === "string" && ID.test(id))) {
-        return refusal("id must be 1 to 64 of A-Z a-z 0-9 _ -");
-      }
-      const name = typeof username === "string" ? cleanName(username) : "";
-      if (!name || name.length > MAX_USERNAME) {
-        return refusal(`username must be 1 to ${MAX_USERNAME} characters`, id);
-      }
-      const text = typeof message === "string" ? message.trim() : "";
-      if (!text || text.length > MAX_MESSAGE) {
-        return refusal(`message must be 1 to ${MAX_MESSAGE} characters`, id);
-      }
-      const kept = text.toWellFormed().replaceAll("\0", "\ufffd");
-      const body = JSON.stringify({ username: name, message: kept, id }).slice(1);
-      return { event, username: name, message: kept, id, body };
-    }
-    case "join": {
-      const { username, since, password } = data;
-      const name = typeof username === "string" ? cleanName(username) : undefined;
-      if (username !== undefined && (!name || name.length > MAX_USERNAME)) {
-        return refusal(`username must be 1 to ${MAX_USERNAME} characters`);
-      }
-      if (since !== undefined && !isWhole(since)) {
-        return refusal("since must be a whole number, the last seq seen");
-      }
-      if (password !== undefined && typeof password !== "string") return refusal("password must be a string");
-      return { event, username: name, since, password };
-    }
-    case "history":
-      return isWhole(data.before)
-        ? { event, before: data.before }
-        : refusal("before must be a whole number, the oldest seq seen");
-    case "typing":
-    case "ping":
-      return { event };
-    default:
-      return refusal("event must be send_message, join, history, typing or ping");
-  }
+async function sha256(text: string): Promise<Uint8Array> {
+  return new Uint8Array(await crypto.subtle.digest("SHA-256", ENCODER.encode(text)));
 }
 
-/** Whether a frame is over {@linkcode MAX_FRAME}. */
-function isLarge(frame: unknown): boolean {
-  if (typeof frame !== "string") return (frame as ArrayBuffer).byteLength > MAX_FRAME;
-  return frame.length > MAX_FRAME / 3 && size(frame) > MAX_FRAME;
-}
+const MAX_PRINTED = 16 * 1024; // UTF-16 units that wait to be printed
 
-/** The size of a text in UTF-8. */
-const size = (text: string) => new Blob([text]).size;
+/** Standard output or standard error, written without waiting: what it does not take is dropped and counted. */
+class Terminal {
+  #waiting = "";
+  #dropped = 0; // lines
+  writing?: Promise<void>; // until everything is written or dropped: for ever, if nobody reads
 
-/** Whether the guess is the secret. How long that takes says nothing of the secret. */
-function isSecret(guess: string, secret: string): boolean {
-  const encoder = new TextEncoder(), a = encoder.encode(guess), b = encoder.encode(secret);
-  let different = a.length ^ b.length;
-  for (const [i, byte] of a.entries()) different |= byte ^ b[i % b.length];
-  return different === 0;
-}
+  constructor(readonly stream: typeof Deno.stdout) {}
 
-const isWhole = (value: unknown): value is number => Number.isSafeInteger(value) && (value as number) >= 0;
-
-const refusal = (error: string, id?: string, retry_after?: number): Refusal => ({
-  event: "error",
-  error,
-  id,
-  retry_after,
-});
-
-// ──────────────────────────────────────────────────── The log ────────────────────────────────────────────────────
-
-/** Messages that were written together. */
-interface Entry {
-  /** The numbers of its first and its last message. */
-  first: number;
-  last: number;
-  /** Their lines as they go on the wire, joined by newlines. */
-  text: string;
-  /** The size of the text in UTF-8. */
-  bytes: number;
-}
-
-/** What the log tells the room. It waits for the answer before it writes more. */
-interface LogEvents {
-  /** This is written. `accepted` is what it was made of, if that was done here. */
-  written(entry: Entry, accepted?: Message[]): Promise<void>;
-  /** What was shown does not go on: the log was replaced, or much was written meanwhile. Everyone has to join again. */
-  replaced(): void;
-}
-
-/**
- * The room's messages, in one order, in Deno KV and in memory.
- *
- * `["head"]` holds the number of the newest message; `["log", n]` holds the lines of an entry that begins with
- * message n. A commit checks that the head is still the one known here, so it succeeds only on top of everything
- * that was written before it, by whichever instance. That makes looking for an id in what is known here exact.
- *
- * Everything that changes the log passes through one loop, {@linkcode Log.#loop}: there is nothing to lock.
- */
-class Log {
-  static readonly #HEAD = ["head"];
-  static readonly #encoder = new TextEncoder();
-  static readonly #decoder = new TextDecoder();
-
-  /** The newest message that is written. */
-  head = 0;
-  #version: string | null = null; // of the head key
-  #entries: Entry[] = []; // what is kept, oldest first
-  #ids = new Map<string, number>(); // the message that an id names, Infinity while it is not written
-  #queue: Message[] = [];
-  #queued = 0; // UTF-16 units in the queue
-  #attempt = ""; // the text that a commit tried to write, while it is not known whether it did
-  #behind = true; // another instance has written, or may have
-  #working?: Promise<void>;
-  #failures = 0; // in a row
-  #ended = false;
-  readonly #kv: Deno.Kv;
-  readonly #history: number;
-  readonly #events: LogEvents;
-
-  constructor(kv: Deno.Kv, history: number, events: LogEvents) {
-    this.#kv = kv;
-    this.#history = history;
-    this.#events = events;
+  print(line: string): void {
+    if (this.#waiting.length + line.length > MAX_PRINTED) this.#dropped++;
+    else this.#waiting += `${line}\n`;
+    this.writing ??= this.#write().finally(() => this.writing = undefined);
   }
 
-  /** The oldest message that is still kept. */
-  get oldest(): number {
-    return Math.max(this.#entries[0]?.first ?? 1, this.head - this.#history + 1);
-  }
-
-  /** The lines from message `seq` on, up to {@linkcode MAX_BACKLOG}, and the number of the last of them. */
-  from(seq: number): { text: string; last: number } {
-    let at = this.#at(seq), last = this.#entries[at].last;
-    let text = this.#entries[at].text.split("\n").slice(seq - 1 - last).join("\n");
-    while (++at < this.#entries.length && text.length + this.#entries[at].text.length < MAX_BACKLOG) {
-      text += `\n${this.#entries[at].text}`;
-      last = this.#entries[at].last;
-    }
-    return { text, last };
-  }
-
-  /** The line of message `seq`. */
-  line(seq: number): string {
-    const { first, text } = this.#entries[this.#at(seq)];
-    return text.split("\n")[seq - first];
-  }
-
-  /** The lines before message `seq`, as many as make a {@linkcode PAGE}. */
-  before(seq: number): string[] {
-    const end = Math.min(seq - 1, this.head), start = Math.max(end - PAGE + 1, this.oldest);
-    if (end < start) return [];
-    const entries = this.#entries.slice(this.#at(start), this.#at(end) + 1);
-    const lines = entries.flatMap(({ text }) => text.split("\n")).slice(start - entries[0].first);
-    lines.length = end - start + 1;
-    let units = 0;
-    return lines.slice(lines.findLastIndex((line) => (units += line.length) > MAX_BACKLOG) + 1);
-  }
-
-  /** The message that has this id: its number, or `Infinity` while it is being written. */
-  find(id: string): number | undefined {
-    const seq = this.#ids.get(id);
-    return seq !== undefined && seq >= this.oldest ? seq : undefined;
-  }
-
-  /** Takes a message to be written; false if too much is waiting. */
-  append(message: Message): boolean {
-    if (this.#queued + message.body.length > MAX_QUEUE) return false;
-    this.#queue.push(message);
-    this.#queued += message.body.length;
-    if (message.id) this.#ids.set(message.id, Infinity);
-    this.#work();
-    return true;
-  }
-
-  /** Resolves when what other instances had written is known here too. Throws what the database throws. */
-  async look(): Promise<void> {
-    const { versionstamp } = await this.#kv.get(Log.#HEAD);
-    if (versionstamp === this.#version) return;
-    this.#behind = true;
-    await this.#work();
-  }
-
-  /** Writes what is waiting, as far as the database lets it within {@linkcode SHUTDOWN}. */
-  async close(): Promise<void> {
-    await within(SHUTDOWN, this.#working);
-    this.#ended = true;
-  }
-
-  #work(): Promise<void> {
-    return this.#working ??= this.#loop().finally(() => this.#working = undefined);
-  }
-
-  /** Reads what others wrote, writes what is waiting: as long as there is any of it. */
-  async #loop(): Promise<void> {
-    while (!this.#ended && (this.#behind || this.#queue.length > 0)) {
+  async #write(): Promise<void> {
+    while (this.#waiting) {
+      const text = this.#waiting, dropped = this.#dropped;
+      const bytes = ENCODER.encode(dropped > 0 ? `${dropped} lines were dropped here\n${text}` : text);
+      this.#waiting = "";
       try {
-        await (this.#behind ? this.#pull() : this.#commit());
-        if (this.#failures >= RETRY.silent) console.error("The database works again");
-        this.#failures = 0;
-      } catch (error) {
-        if (this.#ended) return;
-        // Nothing is dropped: it stays in the queue, and its senders get no confirmation until it is written.
-        this.#behind = true; // what failed may have been written all the same
-        if (++this.#failures === RETRY.silent) {
-          console.error(`The database fails: ${(error as Error).message}`);
-        }
-        await wait(Math.min(RETRY.first * 2 ** this.#failures, RETRY.most));
+        for (let at = 0; at < bytes.length;) at += await this.stream.write(bytes.subarray(at));
+        this.#dropped -= dropped;
+      } catch {
+        this.#dropped += text.split("\n").length - 1;
       }
     }
   }
-
-  /** Writes what is waiting, as one entry in one commit. */
-  async #commit(): Promise<void> {
-    await this.#gather();
-    const first = this.head + 1, time = Date.now();
-    const lines: string[] = [];
-    for (
-      let units = 0;
-      lines.length < this.#queue.length && units < MAX_VALUE;
-      units += lines.at(-1)!.length + 1
-    ) {
-      lines.push(line(first + lines.length, time, this.#queue[lines.length].body));
-    }
-    let text = lines.join("\n"), value = Log.#encoder.encode(text);
-    while (value.length > MAX_VALUE) {
-      lines.length >>= 1;
-      text = lines.join("\n");
-      value = Log.#encoder.encode(text);
-    }
-    const last = this.head + lines.length;
-    const expired = this.#expired(last);
-    const commit = this.#kv.atomic().check({ key: Log.#HEAD, versionstamp: this.#version });
-    commit.set(Log.#HEAD, last).set(["log", first], value);
-    for (const entry of expired) commit.delete(["log", entry.first]);
-    this.#attempt = text;
-    const result = await commit.commit();
-    this.#attempt = "";
-    if (!result.ok) {
-      this.#behind = true;
-      return;
-    }
-    this.#version = result.versionstamp;
-    this.#entries.splice(0, expired.length);
-    const accepted = this.#take(lines.length);
-    await this.#add({ first, last, text, bytes: value.length }, accepted, accepted);
-  }
-
-  /** Reads what others wrote, and drops from the queue what they hold of it. */
-  async #pull(): Promise<void> {
-    const { value, versionstamp } = await this.#kv.get<number>(Log.#HEAD);
-    const head = value ?? 0;
-    if (head < this.head) this.#forget();
-    const news = this.#kv.list<Uint8Array>({ start: ["log", this.head + 1], end: ["log", head + 1] });
-    for await (const { key, value } of head > this.head ? news : []) {
-      const first = key[1] as number, text = Log.#decoder.decode(value), lines = text.split("\n");
-      if (first > this.head + 1) this.#forget(first - 1);
-      if (text === this.#attempt) this.#take(lines.length);
-      this.#attempt = "";
-      const entry = { first, last: first + lines.length - 1, text, bytes: value.length };
-      await this.#add(entry, lines.map((line) => JSON.parse(line)));
-    }
-    this.#attempt = "";
-    for (let expired = this.#expired(this.head); expired.length > 0; expired = this.#expired(this.head)) {
-      const deletion = this.#kv.atomic();
-      for (const { first } of expired) deletion.delete(["log", first]);
-      await deletion.commit();
-      this.#entries.splice(0, expired.length);
-    }
-    this.#version = versionstamp;
-    this.#behind = false;
-    const queue = this.#take(this.#queue.length);
-    for (const message of queue) {
-      if (!message.id || this.#ids.get(message.id) === Infinity) this.append(message);
-    }
-  }
-
-  /** Lets what is arriving arrive, so that it is written together: it ends when a turn brings nothing more. */
-  async #gather(): Promise<void> {
-    for (let turns = 0, before = -1; turns < MAX_TURNS && this.#queue.length > before; turns++) {
-      before = this.#queue.length;
-      await turn();
-    }
-  }
-
-  /** Takes the oldest `count` messages out of the queue. */
-  #take(count: number): Message[] {
-    const taken = this.#queue.splice(0, count);
-    for (const { body } of taken) this.#queued -= body.length;
-    return taken;
-  }
-
-  /** Makes an entry that is written known, here and to the room. */
-  async #add(entry: Entry, messages: { id?: string }[], accepted?: Message[]): Promise<void> {
-    let seq = entry.first;
-    for (const { id } of messages) {
-      if (id) {
-        this.#ids.delete(id); // so that the map stays in order
-        this.#ids.set(id, seq);
-      }
-      seq++;
-    }
-    this.head = entry.last;
-    this.#entries.push(entry);
-    for (const [id, seq] of this.#ids) {
-      if (seq >= this.oldest) break;
-      this.#ids.delete(id);
-    }
-    await this.#events.written(entry, accepted);
-  }
-
-  /** Starts over at `head`: the database holds another log than the one that is known here, or a gap. */
-  #forget(head = 0): void {
-    this.#events.replaced();
-    this.head = head;
-    this.#entries = [];
-    for (const [id, seq] of this.#ids) if (seq !== Infinity) this.#ids.delete(id);
-  }
-
-  /** The entries of which nothing is kept any more once `head` is the newest message. */
-  #expired(head: number): Entry[] {
-    const kept = this.#entries.findIndex(({ last }) => last > head - this.#history);
-    return this.#entries.slice(0, Math.min(kept < 0 ? this.#entries.length : kept, MAX_DELETES));
-  }
-
-  /** Where the entry that holds message `seq` is. */
-  #at(seq: number): number {
-    return this.#entries.findLastIndex(({ first }) => first <= seq);
-  }
 }
 
-// ─────────────────────────────────────────────────── Presence ───────────────────────────────────────────────────
-
-/** Some of the people on one instance, as the others read it. */
-interface Roster {
-  online: number;
-  users: string[];
-  /** When it is out of date, in milliseconds since 1970: an instance that lives renews it before. */
-  until: number;
-}
-
-/** Who is here: on this instance, and on the others, as they write it to `["here", instance, n]`. */
-class Presence {
-  static readonly #HERE = ["here"];
-  readonly #id = crypto.randomUUID();
-  readonly #kv: Deno.Kv;
-  #online = 0; // connections that joined, on this instance
-  #users = new Map<string, number>(); // how many of them each name has
-  #others: Roster[] = [];
-  #told = { online: 0, users: new Set<string>() }; // what the room was told last
-  #dirty = false; // what the other instances read of this one is not true any more
-  #published = 0; // when they were last written to
-  #chunks = 0; // how many values that took
-
-  constructor(kv: Deno.Kv) {
-    this.#kv = kv;
-  }
-
-  /** A connection joined, or left if `by` is -1. */
-  count(username: string | undefined, by: 1 | -1): void {
-    this.#online += by;
-    this.#dirty = true;
-    if (username === undefined) return;
-    const connections = (this.#users.get(username) ?? 0) + by;
-    if (connections > 0) this.#users.set(username, connections);
-    else this.#users.delete(username);
-  }
-
-  /** Everyone, as last told; of a very large room not every name. */
-  roster(): string {
-    return JSON.stringify({
-      event: "presence",
-      online: this.#told.online,
-      users: [...this.#told.users].slice(0, MAX_ROSTER),
-    });
-  }
-
-  /** What changed since the room was last told; undefined if nothing did. */
-  changes(): string | undefined {
-    const users = new Set(this.#users.keys());
-    let online = this.#online;
-    for (const other of this.#others) {
-      online += other.online;
-      for (const name of other.users) users.add(name);
-    }
-    const joined = [...users.difference(this.#told.users)], left = [...this.#told.users.difference(users)];
-    if (joined.length === 0 && left.length === 0 && online === this.#told.online) return undefined;
-    this.#told = { online, users };
-    return JSON.stringify({ event: "presence", online, joined, left });
-  }
-
-  /** Reads who is on the other instances, and lets them read who is on this one. Throws what the database throws. */
-  async exchange(): Promise<void> {
-    const others: Roster[] = [];
-    for await (const { key, value } of this.#kv.list<Roster>({ prefix: Presence.#HERE })) {
-      if (key[1] !== this.#id && value.until > Date.now()) others.push(value);
-    }
-    this.#others = others;
-
-    const now = Date.now();
-    const isSaid = this.#online === 0 && this.#chunks === 0 || now - this.#published < HEARTBEAT;
-    if (isSaid && !this.#dirty) return;
-    this.#dirty = false;
-    this.#published = 0; // so that it is tried again if it fails
-    const online = this.#online, names = [...this.#users.keys()], until = now + PRESUMED_DEAD;
-    const chunks = online && Math.max(1, Math.ceil(names.length / ROSTER));
-    for (let i = 0; i < Math.max(chunks, this.#chunks); i++) {
-      const key = [...Presence.#HERE, this.#id, i];
-      const users = names.slice(i * ROSTER, (i + 1) * ROSTER);
-      if (i < chunks) {
-        await this.#kv.set(key, { online: i ? 0 : online, users, until }, { expireIn: PRESUMED_DEAD });
-      } else await this.#kv.delete(key);
-    }
-    this.#chunks = chunks;
-    this.#published = now;
-  }
-}
-
-// ─────────────────────────────────────────────────── The room ───────────────────────────────────────────────────
-
-/** A socket with what the room knows of it. */
-type Client = WebSocket & {
-  /** Whether it joined: then a frame to it may hold several events, one a line. */
-  joined: boolean;
-  /** The name it joined with. */
-  username?: string;
-  /** The newest message it was sent. */
-  seen: number;
-  /** How often it joined: a newer join ends the catching up of an older one. */
-  joins: number;
-  /** At most how many bytes wait to be sent to it. */
-  unsent: number;
-  /** Where it comes from. */
-  address: string;
-  /** Whether it may see the room and talk: it knew the password, or there is none. */
-  admitted: boolean;
-  /** When it is closed for that. */
-  timer?: ReturnType<typeof setTimeout>;
-} & Limited;
-
-/** Someone whose events are limited. */
-interface Limited {
-  /** For each kind of event a token bucket: all there is to know of one is when it will be full again. */
-  full: Partial<Record<Limit, number>>;
-}
-
-type Limit = Incoming["event"] | "guess";
-
-/** Everyone who is connected, and what they are sent. */
-class Room {
-  readonly #sockets = new Set<Client>();
-  readonly #log: Log;
-  readonly #presence: Presence;
-  readonly #options: Settings;
-  readonly #rates: Record<Limit, number>; // a second; 0 is no limit
-  readonly #newcomers = new Set<Client>(); // joined since the room was last told who is here
-  readonly #typing = new Set<string>(); // names that typed since then
-  #connections = 0; // those, too, that were closed and do not answer
-  readonly #addresses = new Map<string, number>(); // how many of them each address has
-  readonly #guessers = new Map<string, Limited>(); // addresses that gave a wrong password
-  #telling?: ReturnType<typeof setTimeout>; // the timer of the next news
-  #looking?: Promise<void>; // the last look at other instances
-  #timer?: ReturnType<typeof setTimeout>; // of the next
-  #closed = false;
-
-  constructor(kv: Deno.Kv, options: Settings) {
-    this.#options = options;
-    const { rateLimit, history } = options;
-    const limits = rateLimit > 0 ? RATES : { join: 0, history: 0, typing: 0, ping: 0, error: 0, guess: RATES.guess };
-    this.#rates = { ...limits, send_message: rateLimit };
-    this.#log = new Log(kv, history, {
-      written: (entry, accepted) => this.#broadcast(entry, accepted),
-      replaced: () => this.#sockets.forEach((client) => this.#close(client, 1013, "the room was replaced")),
-    });
-    this.#presence = new Presence(kv);
-  }
-
-  /** Resolves when the log is read. Throws what the database throws. */
-  async open(): Promise<void> {
-    await this.#log.look();
-    this.#looking = this.#look();
-  }
-
-  /** Whether there is no place for one more connection from this address. */
-  isFull(address: string): boolean {
-    const { maxClients, maxClientsPerAddress } = this.#options;
-    return this.#connections >= maxClients ||
-      maxClientsPerAddress > 0 && (this.#addresses.get(address) ?? 0) >= maxClientsPerAddress;
-  }
-
-  /** Takes a socket in: once it is open it gets every message, unless there is a password. */
-  add(socket: WebSocket, address: string): void {
-    const admitted = this.#options.password === "";
-    const client: Client = Object.assign(socket, {
-      joined: false,
-      seen: -1,
-      joins: 0,
-      unsent: 0,
-      address,
-      admitted,
-      full: {},
-    });
-    client.onopen = () => {
-      const isFull = this.isFull(address); // others may have come since the handshake
-      this.#connections++;
-      this.#addresses.set(address, (this.#addresses.get(address) ?? 0) + 1);
-      if (this.#closed) return client.close(1001, "the server is going away");
-      if (isFull) return client.close(1013, "the room is full");
-      if (admitted) client.seen = this.#log.head;
-      else client.timer = setTimeout(() => this.#close(client, 1008, "no password in time"), JOIN);
-      this.#sockets.add(client);
-    };
-    client.onclose = () => {
-      this.#leave(client);
-      this.#connections--;
-      const others = this.#addresses.get(address)! - 1;
-      if (others > 0) this.#addresses.set(address, others);
-      else this.#addresses.delete(address);
-    };
-    const failed = (error: Error) => {
-      report(error);
-      this.#close(client, 1011, "the server made a mistake");
-    };
-    client.onmessage = ({ data }) => {
-      try {
-        this.#receive(client, data)?.catch(failed);
-      } catch (error) {
-        failed(error as Error);
-      }
-    };
-  }
-
-  /** Writes what is pending and closes every socket with 1001. */
-  async close(): Promise<void> {
-    this.#closed = true;
-    await this.#log.close();
-    for (const client of this.#sockets) this.#close(client, 1001, "the server is going away");
-    clearTimeout(this.#telling);
-    clearTimeout(this.#timer);
-    const leaving = async () => {
-      await this.#looking;
-      await this.#presence.exchange();
-    };
-    await within(SHUTDOWN, leaving().catch(() => {})); // else it is presumed dead, later
-  }
-
-  /** Closes a connection. It has left at once: one that does not read would not let itself be closed. */
-  #close(client: Client, code: number, reason: string): void {
-    client.close(code, reason);
-    this.#leave(client);
-  }
-
-  #leave(client: Client): void {
-    clearTimeout(client.timer);
-    if (!this.#sockets.delete(client) || !client.joined) return;
-    this.#newcomers.delete(client);
-    this.#presence.count(client.username, -1);
-    this.#news();
-  }
-
-  /** Does what a frame asks for. */
-  #receive(client: Client, frame: unknown): Promise<void> | void {
-    if (this.#closed || !this.#sockets.has(client)) return; // unconfirmed: it is sent again, to whoever comes next
-    if (isLarge(frame)) return this.#close(client, 1009, `a frame may have ${MAX_FRAME} bytes`);
-    const incoming = check(frame);
-    if (incoming.event === "error") return this.#refuse(client, incoming);
-    const { event } = incoming, id = event === "send_message" ? incoming.id : undefined;
-    const wait = this.#spend(client, event);
-    if (wait > 0) {
-      const error = `too many of ${event}: try again in ${Math.ceil(wait / 100) / 10} s`;
-      return this.#refuse(client, refusal(error, id, wait));
-    }
-    if (!client.admitted && event !== "join") {
-      return this.#refuse(client, refusal("join with the password first", id));
-    }
-    switch (event) {
-      case "send_message":
-        return this.#accept(client, incoming);
-      case "join":
-        return this.#join(client, incoming);
-      case "history":
-        if (!client.joined) return this.#refuse(client, refusal("join before asking for history"));
-        return this.#send(
-          client,
-          `{"event":"history","before":${incoming.before},"messages":[${this.#log.before(incoming.before)}]}`,
-        );
-      case "typing":
-        if (client.username === undefined) {
-          return this.#refuse(client, refusal("join with a username before typing"));
-        }
-        this.#typing.add(client.username);
-        return this.#news();
-      case "ping":
-        return this.#send(client, '{"event":"pong"}');
-    }
-  }
-
-  /** Takes a token from the bucket for this kind of event: 0, or the milliseconds until there is one. */
-  #spend({ full }: Limited, limit: Limit): number {
-    if (this.#rates[limit] === 0) return 0;
-    const now = performance.now();
-    const after = Math.max(full[limit] ?? 0, now) + 1000 / this.#rates[limit];
-    if (after > now + BURST) return Math.ceil(after - now - BURST);
-    full[limit] = after;
-    return 0;
-  }
-
-  /** Says what is wrong, unless the client does not care: then it is closed. */
-  #refuse(client: Client, refusal: Refusal): void {
-    if (this.#spend(client, "error") > 0) return this.#close(client, 1013, "too many errors");
-    this.#send(client, JSON.stringify(refusal));
-  }
-
-  #accept(client: Client, message: Message): void {
-    const { id } = message, known = id && this.#log.find(id);
-    if (known) {
-      // What is being written, or is still to come in its backlog, comes back by itself.
-      if (known <= client.seen) this.#send(client, this.#log.line(known));
-      return;
-    }
-    if (this.#log.append(message)) return;
-    this.#refuse(client, refusal("the room is not able to keep more just now: try again in 1 s", id, 1000));
-  }
-
-  /** Lets a client in that knows the password; another is closed, and its address may not guess on at will. */
-  #admit(client: Client, password: string): void {
-    const guesser = this.#guessers.get(client.address);
-    const tired = guesser !== undefined &&
-      guesser.full.guess! > performance.now() + BURST - 1000 / RATES.guess;
-    client.admitted = !tired && isSecret(password, this.#options.password);
-    clearTimeout(client.timer);
-    if (client.admitted) return;
-    if (!tired) {
-      const one = guesser ?? { full: {} };
-      this.#spend(one, "guess");
-      this.#guessers.set(client.address, one);
-    }
-    this.#sockets.delete(client); // so that nothing more is taken from it
-    const [code, reason] = tired ? [1013, "too many wrong passwords, try again later"] : [1008, "wrong password"];
-    client.timer = setTimeout(() => client.close(code, reason), WRONG);
-  }
-
-  async #join(client: Client, { username, since, password = "" }: Incoming & { event: "join" }): Promise<void> {
-    if (!client.admitted) this.#admit(client, password);
-    if (!client.admitted) return;
-    if (since !== undefined && since > this.#log.head) {
-      await within(POLL, this.#log.look().catch(() => {})); // it may have seen more on another instance
-      if (!this.#sockets.has(client)) return;
-    }
-    const { head, oldest } = this.#log;
-    if (since !== undefined && since > head) {
-      return this.#refuse(client, refusal(`since is beyond the newest message, which is ${head}`));
-    }
-    if (client.joined) this.#presence.count(client.username, -1);
-    this.#presence.count(username, 1);
-    client.joined = true;
-    client.username = username;
-    client.joins++;
-    client.seen = Math.max(since ?? head - PAGE, oldest - 1);
-    this.#newcomers.add(client);
-    this.#news();
-    this.#send(client, JSON.stringify({ event: "joined", seq: head, oldest }));
-    return this.#catchUp(client);
-  }
-
-  /** Sends what the client missed, no faster than it reads; once it has seen the newest, it gets what comes. */
-  async #catchUp(client: Client): Promise<void> {
-    const { joins } = client;
-    let patience = performance.now() + STALL;
-    while (client.seen < this.#log.head) {
-      if (client.bufferedAmount > MAX_BACKLOG) {
-        if (performance.now() > patience) return this.#close(client, 1013, "too slow");
-        await wait(DRAIN);
-        if (client.joins !== joins || client.readyState !== WebSocket.OPEN) return;
-        continue;
-      }
-      if (client.seen < this.#log.oldest - 1) {
-        return this.#close(client, 1013, "too slow: what comes next is deleted");
-      }
-      const { text, last } = this.#log.from(client.seen + 1);
-      this.#send(client, text);
-      client.seen = last;
-      patience = performance.now() + STALL;
-    }
-  }
-
-  /**
-   * Sends what was written to everyone who has seen all that is before it: to those who joined in one frame, to
-   * the others in a frame a message. Sockets are served some at a time: so the copies that are made for them
-   * stay in the processor's cache, and nothing else waits long.
-   */
-  async #broadcast({ first, last, text, bytes }: Entry, accepted?: Message[]): Promise<void> {
-    if (accepted && this.#options.log) this.#report(first, accepted);
-    let unsent = 0, lines: string[] | undefined;
-    for (const client of this.#sockets) {
-      if (client.seen !== first - 1) continue;
-      client.seen = last;
-      if (client.joined) this.#send(client, text, bytes);
-      else for (const line of lines ??= text.split("\n")) this.#send(client, line);
-      if ((unsent += bytes) < MAX_COPIES) continue;
-      await turn();
-      unsent = 0;
-    }
-  }
-
-  #report(first: number, accepted: Message[]): void {
-    if (accepted.length > REPORT) {
-      return console.log(`Message received: ${accepted.length} at once, from ${first} on`);
-    }
-    for (const [i, { username, message }] of accepted.entries()) {
-      console.log(
-        `Message received: ${first + i} from ${JSON.stringify(username)}, ${message.length} characters`,
-      );
-    }
-  }
-
-  /** Sends a frame, or cuts the client off if too much is waiting for it. A character has at most 3 bytes. */
-  #send(client: Client, frame: string, bytes = 3 * frame.length): void {
-    client.unsent += bytes;
-    if (client.unsent > MAX_UNSENT) { // looked at no more often than that: it costs
-      client.unsent = client.bufferedAmount + bytes;
-      if (client.unsent > MAX_UNSENT) return this.#close(client, 1013, "too slow");
-    }
-    client.send(frame);
-  }
-
-  /** Tells everyone who joined, soon, who came, left and is typing: a rush of them is a few frames. */
-  #news(): void {
-    this.#telling ??= setTimeout(() => this.#tell().catch(report), GATHER);
-  }
-
-  async #tell(): Promise<void> {
-    const changes = this.#presence.changes();
-    const newcomers = new Set(this.#newcomers), typing = [...this.#typing].slice(0, MAX_TYPING);
-    this.#newcomers.clear();
-    this.#typing.clear();
-    const frame = (first?: string, self?: string) => {
-      const others = typing.filter((name) => name !== self);
-      const lines = others.map((username) => JSON.stringify({ event: "typing", username }));
-      const text = (first ? [first, ...lines] : lines).join("\n");
-      return { first, text, bytes: size(text) };
-    };
-    const forMost = frame(changes), forNew = frame(newcomers.size > 0 ? this.#presence.roster() : undefined);
-    let unsent = 0, turns = 0;
-    for (const client of this.#sockets) {
-      if (!client.joined || this.#newcomers.has(client)) continue;
-      const { first, text, bytes } = newcomers.has(client) ? forNew : forMost;
-      const own = typing.includes(client.username!) ? frame(first, client.username).text : text;
-      if (!own) continue;
-      this.#send(client, own, bytes);
-      if ((unsent += bytes) < MAX_COPIES) continue;
-      await turn();
-      unsent = 0;
-      turns++;
-    }
-    this.#telling = undefined;
-    if (turns > 0) this.#news(); // of what happened meanwhile
-  }
-
-  /** Sees what other instances did, and lets them see this one, every {@linkcode POLL}. */
-  async #look(): Promise<void> {
-    for (const [address, { full }] of this.#guessers) {
-      if (full.guess! < performance.now()) this.#guessers.delete(address);
-    }
-    try {
-      await within(POLL, this.#log.look());
-      await this.#presence.exchange();
-      this.#news();
-    } catch {
-      // The database fails. The log says so when there is something to write; the next look comes anyway.
-    }
-    if (!this.#closed) this.#timer = setTimeout(() => this.#looking = this.#look(), POLL);
-  }
-}
-
-// ───────────────────────────────────────────────────── HTTP ─────────────────────────────────────────────────────
-
-/**
- * Makes what answers with the page: compressed, once for everyone, where the browser takes that. Its policy is that it
- * may run its own script and style, talk to its own server, and nothing else.
- */
-async function pageServer(): Promise<(request: Request) => Response> {
-  const hash = async (tag: string) => {
-    const text = page.match(new RegExp(`<${tag}[^>]*>([^]*?)</${tag}>`))?.[1] ?? "";
-    const digest = await crypto.subtle.digest("SHA-256", new TextEncoder().encode(text));
-    return `'sha256-${new Uint8Array(digest).toBase64()}'`;
-  };
-  const policy = [
-    "default-src 'none'",
-    `script-src ${await hash("script")}`,
-    `style-src ${await hash("style")}`,
-    "img-src data:",
-    "connect-src 'self'",
-    "base-uri 'none'",
-    "form-action 'none'",
-    "frame-ancestors 'none'",
-    "require-trusted-types-for 'script'",
-    "trusted-types 'none'",
-  ];
-  const headers = {
-    "content-type": "text/html; charset=utf-8",
-    "cache-control": "no-cache",
-    "content-security-policy": policy.join("; "),
-    "cross-origin-opener-policy": "same-origin",
-    "cross-origin-resource-policy": "same-origin",
-    "permissions-policy": "camera=(), geolocation=(), microphone=()",
-    "referrer-policy": "no-referrer",
-    "vary": "accept-encoding",
-    "x-content-type-options": "nosniff",
-  };
-  const gzip = await new Response(new Blob([page]).stream().pipeThrough(new CompressionStream("gzip"))).bytes();
-  return (request) =>
-    /\bgzip\b/.test(request.headers.get("accept-encoding") ?? "")
-      ? new Response(gzip, { headers: { ...headers, "content-encoding": "gzip" } })
-      : new Response(page, { headers });
-}
-
-const text = (status: number, body: string, headers?: HeadersInit) => new Response(`${body}\n`, { status, headers });
-
-/** Whether the page that sends a handshake may: it is the server's own or an allowed one, or it is no page. */
-function isAllowed({ headers, url }: Request, allowedOrigins: string[]): boolean {
-  const origin = headers.get("origin");
-  return origin === null || allowedOrigins.includes(origin) || URL.parse(origin)?.host === new URL(url).host;
-}
-
-/** Answers a handshake with a socket for the room, or with why there is none. */
-function upgrade(
-  request: Request,
-  room: Room,
-  address: string,
-  options: Settings,
-): Response {
-  if (!isAllowed(request, options.allowedOrigins)) return text(403, "This page may not connect");
-  if (room.isFull(address)) return text(503, "The room is full", { "retry-after": "30" });
-  try {
-    const { socket, response } = Deno.upgradeWebSocket(request, options);
-    room.add(socket, address);
-    return response;
-  } catch {
-    return text(400, "This is not a WebSocket handshake");
-  }
-}
-
-/** Answers any other request: with the page, or with what is wrong. */
-function respond(request: Request, servePage: (request: Request) => Response): Response {
-  const { pathname } = new URL(request.url);
-  if (pathname !== "/" && pathname !== "/healthz") return text(404, "Not found");
-  if (request.method !== "GET" && request.method !== "HEAD") {
-    return text(405, "Method not allowed", { allow: "GET, HEAD" });
-  }
-  return pathname === "/" ? servePage(request) : text(200, "ok");
-}
-
-// ───────────────────────────────────────────────────── Start ─────────────────────────────────────────────────────
-
-/**
- * Starts a chat server. It serves the page at `/` and upgrades WebSockets on any path.
- *
- * Throws `Deno.errors.AddrInUse` if the port is taken, what `Deno.openKv` throws, and what reading the certificate throws.
- *
- * ```ts
- * import { startChat } from "./main.ts";
- *
- * await using chat = await startChat({ port: 0, db: ":memory:" });
- * console.log(chat.addr.port);
- * ```
- */
-export async function startChat(options: ChatOptions = {}): Promise<Chat> {
-  const given = Object.entries(options).filter(([, value]) => value !== undefined);
-  const settings: Settings = { ...DEFAULTS, ...Object.fromEntries(given) };
-  const { port, hostname, db, tlsCert, tlsKey, trustProxy } = settings;
-  const [cert, key] = await Promise.all([tlsCert, tlsKey].map((path) => path && Deno.readTextFile(path)));
-  // The database opens while the page is served already; sockets wait for it.
-  const opening = (async () => {
-    const kv = typeof db === "object" ? db : await Deno.openKv(db);
-    const room = new Room(kv, settings);
-    await room.open();
-    return { kv, room };
-  })();
-  const pages = pageServer();
-  const handler = async (request: Request, { remoteAddr }: Deno.ServeHandlerInfo<Deno.NetAddr>) => {
-    if (!URL.canParse(request.url)) return text(400, "Bad request");
-    if (request.headers.get("upgrade")?.toLowerCase() !== "websocket") return respond(request, await pages);
-    const forwarded = trustProxy && request.headers.get("x-forwarded-for")?.split(",").at(-1)?.trim();
-    return upgrade(request, (await opening).room, forwarded || remoteAddr.hostname, settings);
-  };
-  let server: Deno.HttpServer<Deno.NetAddr> | undefined;
-  let ending: Promise<void> | undefined;
-  const shutdown = () =>
-    ending ??= (async () => {
-      const { kv, room } = await opening;
-      await room.close();
-      if (server) await within(SHUTDOWN, server.shutdown());
-      if (kv !== db) kv.close();
-    })();
-  try {
-    server = Deno.serve({ port, hostname, cert, key, onListen() {} }, handler);
-    await opening;
-  } catch (error) {
-    await shutdown().catch(() => server?.shutdown()); // there may be no room to shut down
-    throw error;
-  }
-  return { addr: server.addr, shutdown, [Symbol.asyncDispose]: shutdown };
-}
+const stdout = new Terminal(Deno.stdout), stderr = new Terminal(Deno.stderr);
+const report = (error: unknown) => stderr.print(`Internal error: ${error instanceof Error ? error.stack : error}`);
 
 /** Where the page can be opened: each of the machine's addresses, if it listens on all of them. */
-function addresses({ hostname, port }: Deno.NetAddr, scheme: string): string[] {
-  const name = (address: string) => `${scheme}://${address.includes(":") ? `[${address}]` : address}:${port}/`;
-  if (hostname !== "0.0.0.0" && hostname !== "::") return [name(hostname)];
+function urls(addr: Deno.Addr, scheme: string): string[] {
+  if (!("hostname" in addr)) return ["path" in addr ? `unix:${addr.path}` : JSON.stringify(addr)];
+  const { hostname, port } = addr;
+  const url = (address: string) => `${scheme}://${address.includes(":") ? `[${address}]` : address}:${port}/`;
+  if (hostname !== "0.0.0.0" && hostname !== "::") return [url(hostname)];
   const { state } = Deno.permissions.querySync({ name: "sys", kind: "networkInterfaces" });
-  const interfaces = state === "granted" ? Deno.networkInterfaces() : [];
-  const reachable = interfaces.filter(({ address, scopeid }) =>
-    !scopeid && (hostname === "::" || !address.includes(":"))
-  );
-  return ["localhost", ...reachable.map(({ address }) => address)].map(name);
+  const reachable = (state === "granted" ? Deno.networkInterfaces() : [])
+    .filter(({ address, scopeid }) => !scopeid && (hostname === "::" || !address.includes(":")));
+  return ["localhost", ...reachable.map(({ address }) => address)].map(url);
 }
 
-/** Says where the chat is, and who can come. */
-function announce(addr: Deno.NetAddr, { password, tlsCert }: ChatOptions): void {
-  const urls = addresses(addr, tlsCert ? "https" : "http");
-  console.log(`The chat is open: ${urls.join("  ")}`);
-  const local = /^(127\.|::1$|localhost$)/.test(addr.hostname);
-  if (!local && !password) {
-    console.log("Whoever can reach it can read and write. CHAT_PASSWORD would keep it closed.");
-  }
+function announce(addr: Deno.Addr, { db = "the app's KV database", title, password, tlsCert }: Settings): void {
+  stdout.print(`${title} is open: ${urls(addr, tlsCert ? "https" : "http").join("  ")} (messages in ${db})`);
+  const isLocal = !("hostname" in addr) || /^(127\.|::1$|localhost$)/.test(addr.hostname);
+  if (!isLocal && !password) stdout.print("Whoever can reach it may read and write, unless you set CHAT_PASSWORD.");
+}
+
+/** The command that lets the program use the files in its settings. */
+function commandWithFiles({ db, tlsCert, tlsKey }: Settings): string {
+  const file = typeof db === "string" && db !== ":memory:" && !isUrl(db) ? db : undefined;
+  const files = [["CHAT_DB", file], ["CHAT_TLS_CERT", tlsCert], ["CHAT_TLS_KEY", tlsKey]].filter(([, path]) => path);
+  const flags = `--allow-read=${files.map(([, path]) => path)}${file ? ` --allow-write=${file}` : ""}`;
+  return `${files.map((setting) => setting.join("=")).join(" ")} FLAGS="${flags}" deno task start`;
 }
 
 if (import.meta.main) {
+  let settings: Settings | undefined;
   try {
-    const options = environment();
-    const chat = await startChat(options);
-    if (options.log ?? DEFAULTS.log) announce(chat.addr, options);
+    settings = settle();
+    const chat = await startChat(settings);
+    announce(chat.addr, settings);
     const end = async () => {
       await chat.shutdown();
+      await within(GRACE, stdout.writing);
       Deno.exit();
     };
     Deno.addSignalListener("SIGINT", end);
     if (Deno.build.os !== "windows") Deno.addSignalListener("SIGTERM", end);
   } catch (error) {
-    const { message } = error as Error;
-    const taken = error instanceof Deno.errors.AddrInUse;
-    console.error(`The chat cannot start: ${taken ? "the port is taken, set PORT to another" : message}`);
+    const { message } = error as Error, isForbidden = settings && error instanceof Deno.errors.NotCapable;
+    const isTaken = error instanceof Deno.errors.AddrInUse;
+    const reason = isForbidden ? `${message.split(",")[0]}. Run: ${commandWithFiles(settings!)}` : message;
+    stderr.print(`The chat cannot start: ${isTaken ? "the port is taken, set PORT to another" : reason}`);
+    await within(GRACE, stderr.writing);
     Deno.exit(1);
   }
 }
