@@ -2514,11 +2514,11 @@ pageTest("shows a refused message with the reason, and gives it back", async (pa
     ])
   );
   await browser.reload();
-  await until(({ words, texts }) => /More than 2000/.test(words) && texts.includes("behind it"));
+  await until(({ words, texts }) => /more than 2000/.test(words) && texts.includes("behind it"));
   const old = ({ one }: InPage) => Object.assign(one(".refused"), { old: true }) && true;
   await run(old);
   await click("Try again");
-  await until(({ one, words }) => one(".refused") && !("old" in one(".refused")) && /More than 2000/.test(words));
+  await until(({ one, words }) => one(".refused") && !("old" in one(".refused")) && /more than 2000/.test(words));
   await click("Edit");
   await until((page) => page.isSettled && page.field("Message").value.length === 2001);
   assertEquals(await run(() => JSON.parse(sessionStorage["chat.outbox"])), []);
@@ -2721,7 +2721,7 @@ pageTest("knows its own messages by their tag, whatever the names", async (page)
   await click("Jos");
   await run((page) => page.field("Your name").value = "");
   await type("Your name", `ada${ENTER}`);
-  await until(({ one, button }) => /ada is here already/.test(one("#wrong").innerText) && button("ada"));
+  await until(({ one, button }) => /ada is already here/.test(one("#wrong").innerText) && button("ada"));
   assert(await run(isRight));
   await browser.reload();
   await until(({ texts }) => texts.length === 3);
