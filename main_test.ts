@@ -2637,6 +2637,15 @@ pageTest("shows who is here and who types", async ({ browser, type, click, press
   await until(({ words }) => !/\(you\)/.test(words));
 });
 
+pageTest("has the name of the room", async ({ run, guest, enter, until }) => {
+  const ada = await guest("Ada");
+  await enter("Grace");
+  assertEquals(await run(({ one }) => [document.title, one("h1").innerText]), ["<Tea> & $&", "<Tea> & $&"]);
+  await run(() => document.hasFocus = () => false);
+  await ada.say("one");
+  await until(() => document.title === "(1) <Tea> & $&");
+}, { title: "<Tea> & $&" });
+
 pageTest("counts a reader without a name", async ({ browser, run, guest, url, until }) => {
   const ada = await guest("Ada");
   await browser.goTo(url);
@@ -2746,7 +2755,7 @@ pageTest("tells the room the last of many names", async ({ browser, run, click, 
   ada.send({ event: "join", username: "Grace" });
   await until(({ words }) => /Ada is now Grace/.test(words));
   await browser.goTo("about:blank");
-});
+}, { rateLimit: 20 });
 
 pageTest("asks before a message that waits is lost", async ({ run, chat, enter, say, until }) => {
   const asks = () => run(() => !dispatchEvent(new Event("beforeunload", { cancelable: true })));
@@ -2792,7 +2801,7 @@ pageTest(
     await until((page) => page.isAtEnd && document.activeElement === page.field("Message"));
     // A second line, and a lower window, leave it at the end.
     await type("Message", "a");
-    await press(SHIFT + ENTER, "b");
+    await press(SHIFT + ENTER, "b", "c", "d");
     await until(({ isAtEnd, button }) => isAtEnd && !button("Newest"));
     await ada.say("and more");
     await until(({ isAtEnd, texts }) => isAtEnd && texts.at(-1) === "and more");
@@ -2953,7 +2962,7 @@ pageTest(
     await type("Password", `secret${ENTER}`);
     await until(({ status }) => status === "Connected");
   },
-  { password: "secret" },
+  { password: "secret", ...BOTH },
 );
 
 pageTest(
@@ -2965,7 +2974,10 @@ pageTest(
     await browser.cdp("Emulation.setEmulatedMedia", { media: "print" });
     const [log, bar] = await run((
       { log, isShown, one },
-    ) => [log.scrollHeight <= log.clientHeight, isShown(one("header"))]);
+    ) => [
+      log.scrollHeight <= log.clientHeight,
+      ["header", "aside", "#strip", "form"].some((part) => isShown(one(part))),
+    ]);
     assertEquals([log, bar], [true, false]);
     await browser.cdp("Emulation.setEmulatedMedia", { media: "" });
     await browser.cdp("Emulation.setTouchEmulationEnabled", { enabled: true });
