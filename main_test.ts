@@ -1248,14 +1248,22 @@ test("the room leaves other keys of its database alone", async () => {
 
 // ────────────────────────────────────────────────── Who reads how ──────────────────────────────────────────────────
 
-test("a reader that pauses is given no more than it takes, and then goes on where it was", async () => {
-  await using chat = await start();
-  using lazy = await Raw.open(chat.addr.port);
+/** Lets someone join and not read, while another says 10 MB. */
+async function outpace(chat: Place): Promise<[Raw, Client]> {
+  const lazy = await Raw.open(chat.addr.port);
   await lazy.frame({ event: "join", username: "Lazy", since: 0 });
-  await using ada = await Client.open(chat, { username: "Ada" });
+  const ada = await Client.open(chat, { username: "Ada" });
   await ada.has(({ users }) => users?.includes("Lazy"));
   const padding = "x".repeat(1900);
-  for (let i = 0; i < 10; i++) await ada.say(...count(1, 500).map((k) => `${500 * i + k} ${padding}`)); // 10 MB
+  for (let i = 0; i < 10; i++) await ada.say(...numbered(500, padding));
+  return [lazy, ada];
+}
+
+test("a reader that pauses is given no more than it takes, and then goes on where it was", async () => {
+  await using chat = await start();
+  const [paused, talking] = await outpace(chat);
+  using lazy = paused;
+  await using ada = talking;
   await ada.ask({ event: "history", before: 2 }, is("history"));
   assert(!ada.events.some(({ left }) => left?.includes("Lazy")));
   const taken: Received[] = [];
@@ -1271,12 +1279,8 @@ test("a reader that pauses is given no more than it takes, and then goes on wher
 
 test("a reader that takes nothing for 30 seconds is closed, and finds everything when it joins again", async () => {
   await using chat = await start();
-  const lazy = await Raw.open(chat.addr.port);
-  await lazy.frame({ event: "join", username: "Lazy", since: 0 });
-  await using ada = await Client.open(chat, { username: "Ada" });
-  await ada.has(({ users }) => users?.includes("Lazy"));
-  const padding = "x".repeat(1900);
-  for (let i = 0; i < 10; i++) await ada.say(...count(1, 500).map((k) => `${500 * i + k} ${padding}`));
+  const [lazy, talking] = await outpace(chat);
+  await using ada = talking;
   using _later = later(31_000);
   await ada.has(({ left }) => left?.includes("Lazy"));
   const { events, code } = await lazy.drain();
