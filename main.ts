@@ -2,9 +2,9 @@
  * A chat room: whoever has the page open sees each message at once.
  *
  * {@linkcode startChat} is the server. `Deno.serve` returns the page or upgrades the request to a WebSocket; the
- * {@linkcode Room} keeps the clients in a `Set` and broadcasts each message to them. Before anyone sees a message it is
- * written to the database, and each client has a place in the {@linkcode Log}: it is sent what comes after that, as
- * fast as it reads. So nothing that was seen is lost, everyone sees the same order, and who was away misses nothing.
+ * {@linkcode Room} keeps the clients in a `Set` and broadcasts each message to them. A message is written to the database
+ * before anyone sees it, and each client has a place in the {@linkcode Log}: it is sent the messages after that place, as
+ * fast as it reads. So no message that was seen is lost, everyone sees the same order, and a reader resumes where it was.
  *
  * @module
  */
@@ -12,10 +12,9 @@
 import page from "./index.html" with { type: "text" };
 
 // ─────────────────────────────────────────────────── The server ───────────────────────────────────────────────────
-
 /** A running chat. `await using` shuts it down at the end of the block. */
 export interface Chat extends AsyncDisposable {
-  /** Where it listens: where the platform sets `DENO_SERVE_ADDRESS`, perhaps another kind of address. */
+  /** The address it listens on; of another kind if the platform sets `DENO_SERVE_ADDRESS` to one. */
   readonly addr: Deno.NetAddr;
   /** Writes what is pending, closes every socket with 1001 and ends, within 2 s even if the database hangs. */
   shutdown(): Promise<void>;
@@ -24,8 +23,8 @@ export interface Chat extends AsyncDisposable {
 /**
  * Starts a chat server. It serves the page at `/` and its health at `/healthz`, and upgrades WebSockets on any path.
  *
- * Throws a `RangeError` for an option that makes no sense, `Deno.errors.AddrInUse` if the port is taken, what reading
- * the certificate throws, what `Deno.openKv` throws, and an `Error` for a log that cannot be read.
+ * Throws a `RangeError` for an invalid option, `Deno.errors.AddrInUse` if the port is taken, an `Error` for a log that
+ * cannot be read, and whatever reading the certificate and `Deno.openKv` throw.
  *
  * ```ts
  * import { startChat } from "./main.ts";
@@ -35,7 +34,7 @@ export interface Chat extends AsyncDisposable {
  * ```
  */
 export async function startChat(options: ChatOptions = {}): Promise<Chat> {
-  const settings = settle(options), { port, hostname, db, tlsCert, tlsKey } = settings;
+  const settings = resolveSettings(options), { port, hostname, db, tlsCert, tlsKey } = settings;
   const [cert, key] = await Promise.all([tlsCert, tlsKey].map((path) => path && Deno.readTextFile(path)));
   const servePage = pageServer(settings.title), ended = new AbortController();
   let room: Room | undefined; // until the log is read, the page is served and sockets wait
@@ -45,14 +44,14 @@ export async function startChat(options: ChatOptions = {}): Promise<Chat> {
     return room;
   })();
   const handler = async (request: Request, { remoteAddr }: Deno.ServeHandlerInfo) => {
-    if (!URL.canParse(request.url)) return answer(400, "Bad request");
+    if (!URL.canParse(request.url)) return respond(400, "Bad request");
     const { pathname } = new URL(request.url), isSocket = /^websocket$/i.test(request.headers.get("upgrade") ?? "");
     if (isSocket) return upgrade(request, remoteAddr, await opening);
-    if (pathname !== "/" && pathname !== "/healthz") return answer(404, "Not found");
-    if (!/^(GET|HEAD)$/.test(request.method)) return answer(405, "Method not allowed", { allow: "GET, HEAD" });
+    if (pathname !== "/" && pathname !== "/healthz") return respond(404, "Not found");
+    if (!/^(GET|HEAD)$/.test(request.method)) return respond(405, "Method not allowed", { allow: "GET, HEAD" });
     if (pathname === "/") return await servePage(request);
     const trouble = room ? room.store.trouble : OPENING;
-    return trouble ? answer(503, trouble) : answer(200, "ok");
+    return trouble ? respond(503, trouble) : respond(200, "ok");
   };
   const shutdown = once(async () => {
     await room?.close();
@@ -70,24 +69,25 @@ export async function startChat(options: ChatOptions = {}): Promise<Chat> {
 }
 
 const OPENING = "The room is opening";
-const answer = (status: number, body: string, headers?: HeadersInit) => new Response(`${body}\n`, { status, headers });
+const respond = (status: number, body: string, headers?: HeadersInit) => new Response(`${body}\n`, { status, headers });
 
-/** Answers a handshake with a socket for the room, or with why there is none. */
+/** Upgrades the request to a WebSocket, or returns an error response. */
 function upgrade(request: Request, remoteAddr: Deno.Addr, room: Room): Response {
   const forwarded = room.settings.trustProxy && request.headers.get("x-forwarded-for")?.split(",").at(-1)?.trim();
   const address = forwarded || ("hostname" in remoteAddr ? remoteAddr.hostname : undefined); // none on a Unix socket
-  if (!isAllowed(request, room.settings)) return answer(403, "This page may not connect");
-  if (room.isFull(address)) return answer(503, "The room is full", { "retry-after": "30" });
+  if (!isAllowed(request, room.settings)) return respond(403, "This page may not connect");
+  if (room.isFull(address)) return respond(503, "The room is full", { "retry-after": "30" });
+  let upgraded: Deno.WebSocketUpgrade;
   try {
-    const { socket, response } = Deno.upgradeWebSocket(request, room.settings);
-    room.add(socket, address);
-    return response;
+    upgraded = Deno.upgradeWebSocket(request, { idleTimeout: room.settings.idleTimeout });
   } catch {
-    return answer(400, "This is not a WebSocket handshake");
+    return respond(400, "This is not a WebSocket handshake");
   }
+  room.add(upgraded.socket, address);
+  return upgraded.response;
 }
 
-/** Whether the page that sends a handshake may: it is the server's own or an allowed one, or it is no page. */
+/** Reports whether the origin may connect: the server's own, an allowed one, or none, which is not a browser. */
 function isAllowed({ headers }: Request, { allowedOrigins, tlsCert, trustProxy }: Settings): boolean {
   const origin = headers.get("origin");
   if (origin === null || allowedOrigins.includes(origin)) return true;
@@ -97,7 +97,7 @@ function isAllowed({ headers }: Request, { allowedOrigins, tlsCert, trustProxy }
   return URL.parse(`${scheme}//${headers.get("host")}`)?.origin === origin; // an origin has no default port
 }
 
-/** Makes what answers with the page. It may run its own script and style, talk to its own server, and nothing else. */
+/** Returns a handler that serves the page, which may run its own script and style and talk to its own server only. */
 function pageServer(title: string): (request: Request) => Promise<Response> {
   const name = title.replace(/[&<>]/g, (char) => ({ "&": "&amp;", "<": "&lt;", ">": "&gt;" })[char]!);
   const html = page.replaceAll(">Chat<", () => `>${name}<`);
@@ -120,44 +120,42 @@ function pageServer(title: string): (request: Request) => Promise<Response> {
   }));
   const compressed = (method: "brotliCompress" | "gzip") =>
     once(async () => { // smaller by a tenth than what `CompressionStream` makes
-      const { [method]: compress } = await import("node:zlib");
-      return await new Promise<BodyInit>((resolve, reject) =>
-        compress(html, (error, bytes) => error ? reject(error) : resolve(new Uint8Array(bytes)))
-      );
+      const { [method]: compress } = await import("node:zlib"),
+        { promise, ...done } = Promise.withResolvers<BodyInit>();
+      compress(html, (error, bytes) => error ? done.reject(error) : done.resolve(new Uint8Array(bytes)));
+      return await promise;
     });
   const bodies = { br: compressed("brotliCompress"), gzip: compressed("gzip") };
   return async (request) => {
-    const codings = (request.headers.get("accept-encoding") ?? "").replaceAll(/[^,]*;\s*q=0(\.0*)?\s*(,|$)/g, "");
-    const coding = (["br", "gzip"] as const).find((coding) => new RegExp(`\\b${coding}\\b`).test(codings));
+    const codings = (request.headers.get("accept-encoding") ?? "").split(",").map((coding) => coding.trim());
+    const coding = (["br", "gzip"] as const).find((coding) => codings.includes(coding));
     if (!coding) return new Response(html, { headers: await headers() });
     return new Response(await bodies[coding](), { headers: { ...await headers(), "content-encoding": coding } });
   };
 }
 
-const RETRY = 500; // ms after which what failed is tried again
-
-/** Listens, and again on the same port if accepting fails, as it does where no file descriptor is left. Returns where. */
+const RETRY = 500; // ms before a retry
+/** Listens, and listens again at the same address if accepting fails (out of file descriptors, say). Returns the address. */
 function listen(options: Deno.ServeTcpOptions & { signal: AbortSignal }, handler: Deno.ServeHandler): Deno.NetAddr {
-  const onError = (error: unknown) => (report(error), answer(500, "Internal error"));
+  const onError = (error: unknown) => (report(error), respond(500, "Internal error"));
   const { addr, finished } = Deno.serve({ ...options, onError, onListen() {} }, handler);
   const again = async (): Promise<unknown> => {
     await wait(RETRY);
-    return options.signal.aborted || await Promise.try(listen, { ...options, port: addr.port }, handler).catch(again);
+    return options.signal.aborted ||
+      await Promise.try(listen, { ...options, ...addr as { port: number } }, handler).catch(again);
   };
   finished.catch((error) => (stderr.print(`New connections cannot be accepted: ${error.message}`), again()));
   return addr;
 }
 
 // ──────────────────────────────────────────────────── The room ────────────────────────────────────────────────────
-
-const MAX_COPIES = 128 * 1024; // bytes that are given to sockets before these get time to send them
+const MAX_COPIES = 128 * 1024; // bytes handed to sockets before yielding to the event loop
 const TICK = 50; // ms between looks at what is new, here and in the database
-const PASSWORD_DEADLINE = 10_000; // ms in which a room with a password must be joined
-const EXCHANGE = 20; // looks in the database after which it is also exchanged who is here
-const PAID = 200; // times that a look is left out where it is paid for: there the database tells of what is written
-const GRACE = 450; // ms that a shutdown waits for each of the log, the clients, the database and the terminal: 2 s in all
-
-/** Everyone who is connected, and what they are sent. A mistake with one client does not reach the others. */
+const DEADLINE = 10_000; // ms a client has to complete the handshake, and to give the password
+const EXCHANGE_EVERY = 20; // looks at the database: presence is exchanged once in so many
+const PAID_EVERY = 200; // looks at a remote database, whose reads are billed: one in so many is made, `watch` tells of the rest
+const GRACE = 450; // ms that a shutdown waits for each of the log, the clients, the database, and the terminal
+/** Everyone who is connected, and what they are sent. */
 class Room {
   readonly #clients = new Set<Client>();
   readonly log: Log;
@@ -171,9 +169,8 @@ class Room {
   #announcing?: Promise<void>;
   #looking?: Promise<void>;
   #looks = 0;
-  #listening?: Promise<void>;
+  #watching?: Promise<void>;
   #isClosed = false;
-
   constructor(readonly kv: Deno.Kv, readonly settings: Settings) {
     this.log = new Log(settings.history);
     this.store = new Store(kv, this.log, (accepted) => this.#written(accepted));
@@ -195,16 +192,17 @@ class Room {
     return neighbours.length >= maxClientsPerAddress;
   }
 
-  /** Takes a socket in: once it is open it gets every message, unless there is a password. */
+  /** Adds a socket. Once it is open it gets every message, unless the room has a password. */
   add(socket: WebSocket, address: string | undefined): void {
-    const client = new Client(this, socket, address);
+    const client = new Client(this, socket, address), deadline = Math.min(DEADLINE, 1000 * this.settings.idleTimeout);
+    this.#clients.add(client); // it counts from the handshake on
+    client.timer = setTimeout(() => {
+      if (socket.readyState === WebSocket.CONNECTING) this.#clients.delete(client); // a handshake that died has no event
+      client.close(1008, "no password in time");
+    }, deadline);
     socket.onopen = () => {
       if (this.#isClosed) return client.close(1001, "the server is going away");
-      if (this.isFull(address)) return client.close(1013, "the room is full"); // others came since the handshake
-      this.#clients.add(client);
-      if (!this.settings.password) return void (client.place = this.log.head);
-      const deadline = Math.min(PASSWORD_DEADLINE, 1000 * this.settings.idleTimeout);
-      client.timer = setTimeout(() => client.close(1008, "no password in time"), deadline);
+      if (!this.settings.password) client.admit(this.log.head);
     };
     socket.onmessage = ({ data }) => this.#requests.receive(client, data);
     socket.onclose = () => {
@@ -214,7 +212,7 @@ class Room {
     };
   }
 
-  /** Does something with everyone, with some at a time so that nothing else waits long. It returns how many bytes it sent. */
+  /** Calls `send` for every client, yielding after each MAX_COPIES bytes. `send` returns how many bytes it sent. */
   async #broadcast(send: (client: Client) => number): Promise<void> {
     let copied = 0;
     for (const client of this.#clients) {
@@ -224,7 +222,7 @@ class Room {
     }
   }
 
-  /** Sends a client what comes after its place: the rest of it when it has read that. */
+  /** Sends a client the messages after its place; what does not fit follows once it has read these. */
   feed(client: Client): number {
     const sent = client.feed();
     this.#isAnyoneBehind ||= client.place < this.log.head;
@@ -245,21 +243,21 @@ class Room {
     await this.#feedAll();
   }
 
-  /** What is done again and again. Nothing of it waits for the rest: the database may hang, and a crowd takes its time. */
+  /** Periodic work. The steps do not wait for each other: the database may hang, and a broadcast may take long. */
   #tick(): void {
     if (this.#isAnyoneBehind) this.#feedAll();
     if (this.hasNews) this.#announcing ??= this.#announce().catch(report).finally(() => this.#announcing = undefined);
-    this.#looking ??= this.#look().catch(() => {}).finally(() => this.#looking = undefined); // the store reports failures
+    this.#looking ??= this.#look().catch(() => {}).finally(() => this.#looking = undefined); // the store reports errors
   }
 
-  /** Tells everyone who joined who came, left and is typing: a rush of them is a few frames. */
+  /** Tells everyone who joined who came, left, and is typing, batched into a few frames. */
   async #announce(): Promise<void> {
     this.hasNews = false;
     const [roster, changes] = this.presence.news();
     await this.#broadcast((client) => {
       const frame = client.needsRoster ? roster : changes;
       if (!client.joined || !frame) return 0;
-      client.needsRoster = client.isFull() || !client.send(frame);
+      client.needsRoster = client.isBackedUp() || !client.send(frame);
       this.hasNews ||= client.needsRoster; // it is told when it reads again
       return frame.length;
     });
@@ -269,76 +267,86 @@ class Room {
   async #look(): Promise<void> {
     const { db } = this.settings, isPaid = db === undefined || typeof db === "string" && isUrl(db);
     const looks = this.#looks++;
-    const listen = async () => {
+    const watch = async () => {
       for await (const [{ versionstamp }] of this.kv.watch([HEAD])) await this.store.sync(versionstamp);
     };
-    if (isPaid) this.#listening ??= listen().catch(() => {}).finally(() => this.#listening = undefined);
-    if (looks % (isPaid ? PAID : EXCHANGE) === 0) await this.presence.exchange().then(() => this.hasNews = true);
-    if (looks % (isPaid ? PAID : 1) === 0) await this.store.sync((await this.kv.get(HEAD)).versionstamp);
+    if (isPaid) this.#watching ??= watch().catch(() => {}).finally(() => this.#watching = undefined);
+    if (looks % (isPaid ? PAID_EVERY : EXCHANGE_EVERY) === 0) {
+      await this.presence.exchange().then(() => this.hasNews = true);
+    }
+    if (looks % (isPaid ? PAID_EVERY : 1) === 0) await this.store.sync((await this.kv.get(HEAD)).versionstamp);
   }
 
-  /** Writes what is pending, closes every socket with 1001, and closes the database, or leaves behind one that hangs. */
+  /** Writes what is pending, closes every socket with 1001, and closes the database unless that hangs. */
   async close(): Promise<void> {
     this.#isClosed = true;
-    await within(GRACE, this.store.working);
+    await withTimeout(GRACE, this.store.working);
     this.store.isClosed = true;
     for (const client of this.#clients) client.close(1001, "the server is going away");
     clearInterval(this.#ticking);
-    if (this.#clients.size > 0) await within(GRACE, this.#emptied.promise);
+    if (this.#clients.size > 0) await withTimeout(GRACE, this.#emptied.promise);
     const leave = async () => {
       await this.#looking;
       await this.presence.exchange().catch(() => {}); // else the others presume this instance dead, later
       await this.store.working;
       if (this.kv !== this.settings.db) this.kv.close();
     };
-    await within(GRACE, leave());
+    await withTimeout(GRACE, leave());
   }
 }
 
 // ──────────────────────────────────────────────────── A client ────────────────────────────────────────────────────
-
-const MAX_UNSENT = 1024 * 1024; // bytes that wait for a client before it is given nothing more
-const STALL = 30_000; // ms that a client may take nothing of that
-const BURST = 5000; // ms whose worth of tokens a bucket holds
-
-/** A token bucket. All there is to know of it is when it is full again, in ms since the process began. */
+const MAX_UNSENT = 1024 * 1024; // bytes waiting for a client, from which on it is given nothing more
+const STALL = 30_000; // ms without progress after which such a client is closed
+const BURST = 5000; // capacity of a bucket, in ms of refill
+/** A token bucket. Its only state is the time at which it is full again, in ms since the process began. */
 class Bucket {
   fullAt = 0;
-
   constructor(readonly rate: number) {} // tokens a second
 
-  /** Takes so many tokens, if there are; returns the milliseconds until there are: 0, or less, if they were taken. */
+  /** The milliseconds until there are `price` tokens; 0 if there are. */
+  wait(price = 1): number {
+    const now = performance.now();
+    return Math.max(0, Math.ceil(Math.max(this.fullAt, now) + 1000 * price / this.rate - now - BURST));
+  }
+
+  /** Takes `price` tokens and returns 0, or returns the milliseconds until there are that many. */
   spend(price = 1): number {
-    const now = performance.now(), fullAt = Math.max(this.fullAt, now) + 1000 * price / this.rate;
-    if (fullAt <= now + BURST) this.fullAt = fullAt;
-    return Math.ceil(fullAt - now - BURST);
+    const wait = this.wait(price);
+    if (wait === 0) this.fullAt = Math.max(this.fullAt, performance.now()) + 1000 * price / this.rate;
+    return wait;
   }
 }
 
 /** A connection: its socket, its place in the log, and what it may still ask for. */
 class Client {
-  /** The newest message it was sent. At infinity it is sent none: it has yet to give the password, or is closed. */
+  /** The number of the last message sent. Infinity while it may not read: without the password, or once closed. */
   place = Infinity;
   joined = false; // then a frame to it may hold several events, one a line
   username?: string; // that it joined with
-  tag?: string; // what its key makes of it
-  joining?: Promise<void>; // a join that is under way; what it sends meanwhile waits for that
-  needsRoster = false; // it has to be told who is here, and not only what changed
-  isClosed = false; // nothing is taken from it and given to it any more
-  timer?: ReturnType<typeof setTimeout>; // of when it is closed
+  tag?: string; // derived from its key, shown with its messages
+  joining?: Promise<void>; // a join in progress; frames that arrive meanwhile wait for it
+  needsRoster = false; // it has to be told who is here, not only what changed
+  isClosed = false; // nothing is read from it or sent to it any more
+  timer?: ReturnType<typeof setTimeout>; // closes it later
   readonly buckets: Partial<Record<Limit, Bucket>> = {}; // what it may still ask for
-  #unsent = 0; // at most so many bytes wait to be sent
-  #waiting = Infinity; // so many did when it was last seen to have enough
-  #tookAt = 0; // when it took some of them, in ms since the process began
+  #unsent = 0; // upper bound of the bytes that wait to be sent
+  #waiting = Infinity; // how many did when it was last found backed up
+  #tookAt = 0; // when it last took some of them, in ms since the process began
   #hasFailed = false;
-
   constructor(readonly room: Room, readonly socket: WebSocket, readonly address: string | undefined) {}
 
-  /** Sends what comes after its place, as long as it reads. Returns at most how many bytes that were. */
+  /** Lets it read the messages after a place in the log. */
+  admit(place: number): void {
+    clearTimeout(this.timer);
+    this.place = place;
+  }
+
+  /** Sends the messages after its place, as long as it reads. Returns an upper bound of the bytes sent. */
   feed(): number {
     const { log } = this.room;
     let sent = 0;
-    while (this.place < log.head && !this.isFull()) {
+    while (this.place < log.head && !this.isBackedUp()) {
       const batch = log.after(this.place);
       if (!batch) this.close(1013, "too slow: what comes next is no longer kept");
       else if (
@@ -363,13 +371,15 @@ class Client {
       return false;
     }
     this.#unsent += bytes;
-    // The log stops at MAX_UNSENT. A client that asks for more and reads nothing is closed.
-    if (this.#unsent > 2 * MAX_UNSENT && this.isFull() && this.#unsent > 2 * MAX_UNSENT) this.close(1013, "too slow");
+    // Feeding stops at MAX_UNSENT, answers do not. A client that keeps asking without reading is closed.
+    if (this.#unsent > 2 * MAX_UNSENT && this.isBackedUp() && this.#unsent > 2 * MAX_UNSENT) {
+      this.close(1013, "too slow");
+    }
     return true;
   }
 
-  /** Whether as much waits for it as may. If it takes nothing of that for long, it is closed. */
-  isFull(): boolean {
+  /** Reports whether too much waits to be sent. Closes the client if that has not shrunk for STALL ms. */
+  isBackedUp(): boolean {
     if (this.#unsent <= MAX_UNSENT) return false; // the socket is asked no more often: that costs
     this.#unsent = this.socket.bufferedAmount;
     const isFull = this.#unsent > MAX_UNSENT, now = performance.now();
@@ -379,7 +389,7 @@ class Client {
     return isFull;
   }
 
-  /** Ends the connection, after `delay` milliseconds. The client has left at once: its peer may never answer. */
+  /** Ends the connection, after `delay` ms. The client counts as gone at once: its peer may never answer. */
   close(code: number, reason: string, delay = 0): void {
     clearTimeout(this.timer);
     if (delay > 0) this.timer = setTimeout(() => this.socket.close(code, reason), delay);
@@ -393,36 +403,33 @@ class Client {
 }
 
 // ───────────────────────────────────────────── What a client may ask for ─────────────────────────────────────────────
-
 const MAX_FRAME = 64 * 1024; // bytes of a frame from a client: far over every limit
 const RATES = { join: 2, history: 5, typing: 2, ping: 2, error: 20 }; // a second, besides messages and frames
 const PAGE = 200; // messages that a join without `since`, or a request for history, is answered with
-const SYNC = 1000; // ms that a client is waited for which has seen more than is known here
-const PASSWORD_DELAY = 1000, GUESSES = 1; // ms until a wrong password is answered; a second, from one address
+const SYNC = 1000; // ms that a join waits for the database if `since` is newer than this log
+const PASSWORD_DELAY = 1000, GUESSES = 1; // ms until a wrong password is answered; wrong guesses per second and address
+type Limit = "frame" | Incoming["event"]; // every frame is paid for before it is parsed, then again for its event
 
-type Limit = "frame" | Incoming["event"]; // a frame is paid for before it is looked at, and then what it asks for
-
-/** Does what clients ask for, each as often as it may. */
+/** Handles what clients ask for, rate-limited per client. */
 class Requests {
-  readonly #salt = crypto.randomUUID(); // so that the time it takes to compare two hashes says nothing of them
+  readonly #salt = crypto.randomUUID(); // so that the time of a comparison tells nothing about the password
   readonly #guesses = new Map<string, Bucket>(); // of addresses that gave a wrong password
-
   constructor(readonly room: Room) {}
 
-  /** Takes a frame. A mistake in doing what it asks for ends this connection and no other. */
+  /** Handles a frame. An error in that ends this connection and no other. */
   receive(client: Client, frame: string | ArrayBuffer): void {
-    const isLong = typeof frame === "string" && frame.length > MAX_FRAME / 3; // a character has at most 3 bytes
-    const size = typeof frame !== "string" ? frame.byteLength : isLong ? ENCODER.encode(frame).length : frame.length;
     if (client.isClosed) return;
-    if (size > MAX_FRAME) return client.close(1009, `a frame may have ${MAX_FRAME} bytes`);
+    const size = typeof frame === "string" ? frame.length : frame.byteLength, isText = typeof frame === "string";
+    const isLarge = size > MAX_FRAME || isText && 3 * size > MAX_FRAME && ENCODER.encode(frame).length > MAX_FRAME;
+    if (isLarge) return client.close(1009, `a frame may have ${MAX_FRAME} bytes`);
     if (!this.#pay(client, "frame", undefined, 1 + size / 1024)) return;
-    if (client.joining) client.joining.then(() => this.#do(client, frame));
-    else this.#do(client, frame);
+    this.#do(client, frame);
   }
 
   #do(client: Client, frame: string | ArrayBuffer): void {
+    if (client.joining) return void client.joining.then(() => this.#do(client, frame));
     try {
-      if (!client.isClosed) this.#answer(client, check(frame));
+      if (!client.isClosed) this.#dispatch(client, check(frame));
     } catch (error) {
       this.#fail(client, error);
     }
@@ -433,7 +440,7 @@ class Requests {
     client.close(1011, "internal error");
   }
 
-  #answer(client: Client, incoming: Incoming): void {
+  #dispatch(client: Client, incoming: Incoming): void {
     if (incoming.event === "error") return this.#refuse(client, incoming);
     const { event } = incoming, id = event === "send_message" ? incoming.id : undefined;
     if (!this.#pay(client, event, id)) return;
@@ -443,7 +450,7 @@ class Requests {
     if (event === "ping") return void client.send('{"event":"pong"}');
     if (event === "history") {
       if (!client.joined) return this.#refuse(client, refusal("join before asking for history"));
-      if (client.isFull()) return this.#refuse(client, refusal("too much is waiting to be read", undefined, 1000));
+      if (client.isBackedUp()) return this.#refuse(client, refusal("too much is waiting to be read", undefined, 1000));
       const { before } = incoming, messages = this.room.log.before(before);
       return void client.send(`{"event":"history","before":${before},"messages":[${messages}]}`);
     }
@@ -454,17 +461,20 @@ class Requests {
 
   #pay(client: Client, limit: Limit, id?: string, price?: number): boolean {
     const wait = this.#spend(client, limit, price);
+    if (wait === 0) return true;
     const what = { send_message: "messages", frame: "frames" }[limit as string] ?? `${limit} requests`;
-    if (wait > 0) this.#refuse(client, refusal(`too many ${what}`, id, wait));
-    return wait <= 0;
+    this.#refuse(client, refusal(`too many ${what}`, id, wait));
+    return false;
   }
 
   #spend(client: Client, limit: Limit, price?: number): number {
-    const { rateLimit } = this.room.settings, rates = { ...RATES, send_message: rateLimit, frame: 50 + 5 * rateLimit };
-    return rateLimit > 0 ? (client.buckets[limit] ??= new Bucket(rates[limit])).spend(price) : 0;
+    const { rateLimit } = this.room.settings;
+    if (rateLimit === 0) return 0;
+    const rate = limit === "send_message" ? rateLimit : limit === "frame" ? 50 + 5 * rateLimit : RATES[limit];
+    return (client.buckets[limit] ??= new Bucket(rate)).spend(price);
   }
 
-  /** Says what is wrong, unless the client does not care: then it is closed. */
+  /** Sends an error, or closes a client that causes too many. */
   #refuse(client: Client, refusal: Refusal): void {
     if (this.#spend(client, "error") > 0) client.close(1013, "too many errors");
     else client.send(JSON.stringify(refusal));
@@ -479,7 +489,7 @@ class Requests {
     if (!store.append(message)) this.#refuse(client, refusal("the room cannot take more messages just now", id, 1000));
   }
 
-  /** Lets a client in, if it knows the password; whatever else it sends is looked at after that. */
+  /** Starts a join. Frames that arrive before it is done wait for it. */
   #join(client: Client, join: Join): void {
     const joined = client.place < Infinity ? this.#admit(client, join) : this.#askPassword(client, join);
     client.joining = joined.catch((error) => this.#fail(client, error)).finally(() => client.joining = undefined);
@@ -488,13 +498,13 @@ class Requests {
   async #admit(client: Client, { username, since, time, key }: Join): Promise<void> {
     const { log, presence, store } = this.room;
     if (key) client.tag = (await sha256(key)).toBase64({ alphabet: "base64url" }).slice(0, 12);
-    if (since !== undefined && since > log.head) await within(SYNC, store.sync()); // it was on another instance
+    if (since !== undefined && since > log.head) await withTimeout(SYNC, store.sync()); // it was on another instance
     if (client.isClosed) return;
     const { head, oldest } = log, isKnown = since !== undefined && log.has(since, time);
     const resumed = isKnown && since >= oldest - 1;
     if (client.joined) presence.count(client.username, -1);
     presence.count(username, 1);
-    client.place = Math.max(isKnown ? since : head - PAGE, oldest - 1);
+    client.admit(Math.max(isKnown ? since : head - PAGE, oldest - 1));
     client.username = username;
     client.joined = client.needsRoster = true;
     client.send(JSON.stringify({ event: "joined", seq: head, oldest, resumed, username, tag: client.tag }));
@@ -502,18 +512,14 @@ class Requests {
     this.room.hasNews = true;
   }
 
-  /** Closes a client that does not know the password, and lets its address not guess on at will. */
+  /** Admits a client that knows the password and closes another. Limits guesses per address. */
   async #askPassword(client: Client, join: Join): Promise<void> {
     const { address = "" } = client, hash = async (text: string) => (await sha256(this.#salt + text)).toBase64();
     if (join.password === undefined) return client.close(1008, "this room has a password");
     const isRight = await hash(join.password) === await hash(this.room.settings.password);
     const guesses = this.#guesses.get(address) ?? new Bucket(GUESSES);
-    const isTired = guesses.fullAt > performance.now() + BURST - 1000 / GUESSES;
-    if (isTired) return client.close(1013, "too many wrong passwords, try again later", PASSWORD_DELAY);
-    if (isRight) {
-      clearTimeout(client.timer);
-      return await this.#admit(client, join);
-    }
+    if (guesses.wait() > 0) return client.close(1013, "too many wrong passwords, try again later", PASSWORD_DELAY);
+    if (isRight) return await this.#admit(client, join);
     client.close(1008, "wrong password", PASSWORD_DELAY);
     guesses.spend();
     if (address) this.#guesses.set(address, guesses);
@@ -522,19 +528,16 @@ class Requests {
 }
 
 // ──────────────────────────────────────────────────── The log ────────────────────────────────────────────────────
-
 const MAX_BATCH = 64 * 1024; // UTF-16 units of lines in one frame
-
-/** Messages that are sent together: the numbers of the first and the last, their lines, these as text, its size at most. */
+/** Messages that are sent together: their lines, the lines joined, and an upper bound of the size of that in bytes. */
 type Batch = { first: number; last: number; lines: string[]; text: string; bytes: number };
 
-/** The messages that are kept, in memory: their lines, oldest first, without a gap. */
+/** The messages that are kept, in memory: their lines as they go on the wire, oldest first, without a gap. */
 class Log {
   head = 0; // the number of the newest message
   readonly ids = new Map<string, number>(); // the message that an id names: Infinity while it is not written
   #lines: string[] = [];
-  #newest?: Batch; // what nearly everyone gets next
-
+  #newest?: Batch; // what nearly every client is sent next
   constructor(readonly history: number) {}
 
   get oldest(): number {
@@ -545,7 +548,7 @@ class Log {
     return this.#lines[seq - this.oldest];
   }
 
-  /** What comes after message `seq`, one batch of it; undefined if that is no longer kept. */
+  /** A batch of the messages after `seq`; undefined if they are no longer kept. */
   after(seq: number): Batch | undefined {
     const first = seq + 1, start = first - this.oldest;
     if (this.#newest?.first === first) return this.#newest;
@@ -556,7 +559,7 @@ class Log {
     return { first, last: seq + lines.length, lines, text: lines.join("\n"), bytes: 3 * units };
   }
 
-  /** The lines before message `seq`, as many as make a {@linkcode PAGE}. */
+  /** The lines before message `seq`, at most {@linkcode PAGE}. */
   before(seq: number): string[] {
     const end = Math.max(0, Math.min(seq, this.head + 1) - this.oldest);
     const lines = this.#lines.slice(Math.max(0, end - PAGE), end);
@@ -564,7 +567,7 @@ class Log {
     return lines.slice(lines.findLastIndex((line) => (units += line.length) > MAX_BATCH) + 1);
   }
 
-  /** Whether this log has message `seq`, with this time, or may have deleted it. */
+  /** Reports whether this log has message `seq` with this time, or may have deleted it. */
   has(seq: number, time?: number): boolean {
     if (seq > this.head || seq === 0 || time === undefined) return seq <= this.head;
     const known = JSON.parse(this.line(Math.max(seq, this.oldest))).time;
@@ -594,15 +597,14 @@ class Log {
   }
 }
 
-const HEAD = ["chat", "head"]; // `{ layout, last }`: the number of the newest message
-const LOG = ["chat", "log"]; // and the number of an entry's first message: its lines, joined, in UTF-8
-const HERE = ["chat", "here"]; // and an instance: its `Roster`
-const LAYOUT = 1; // of all that
+const HEAD = ["chat", "head"]; // → { layout, last }, the number of the newest message
+const LOG = ["chat", "log"]; // [...LOG, first] → an entry: its lines, joined, in UTF-8
+const ROSTERS = ["chat", "here"]; // [...ROSTERS, instance] → { online, users }
+const LAYOUT = 1; // version of these keys and values
 const MAX_VALUE = 64 * 1024; // bytes of one value in KV, and so of one entry
 const MAX_DELETES = 500, MAX_QUEUE = 8000; // entries that one commit deletes; messages that wait for the next
 const MAX_TURNS = 20; // turns of the event loop that arriving messages are waited for
-const HANGS = 5000; // ms without an answer after which the database is said to hang
-
+const HANGS = 5000; // ms after which the database is reported as not responding
 /**
  * The log in Deno KV: what is accepted is written there, and what other instances write is read from there.
  *
@@ -611,18 +613,17 @@ const HANGS = 5000; // ms without an answer after which the database is said to 
  * there is one order, and looking for an id in the log is exact. Everything passes through one loop.
  */
 class Store {
-  isClosed = false; // nothing more is begun
-  working?: Promise<void>; // until everything is written that was accepted, and read that was asked for
+  isClosed = false; // nothing more is started
+  working?: Promise<void>; // pending while there is anything to read or to write
   readonly #buffer = new Uint8Array(MAX_VALUE);
   #version: string | null = null; // the versionstamp of the head
   #entries: number[] = []; // the first messages of the entries that the database holds
   #queue: Message[] = [];
-  #uncertain?: string; // the entry of a commit that failed, and may have been written all the same
+  #uncertain?: string; // the entry of a commit that threw, and may have been written all the same
   #isBehind = true; // another instance has written, or may have
   #askedAt = 0; // when the database was last asked, in ms since the process began
-  #failure?: string = OPENING; // why nothing can be written
-
-  /** `written` is told that the log has grown: by these messages, if they were accepted here. */
+  #failure?: string = OPENING; // why messages cannot be written
+  /** `written` is called when the log has grown, with the messages that were accepted here. */
   constructor(readonly kv: Deno.Kv, readonly log: Log, readonly written: (accepted: Message[]) => Promise<void>) {}
 
   /** Reads the log. Throws what the database throws, and an `Error` for an entry that cannot be read. */
@@ -633,8 +634,8 @@ class Store {
 
   /** Why messages cannot be written; undefined while they can. */
   get trouble(): string | undefined {
-    if (this.#failure) return this.#failure;
-    return this.working && performance.now() - this.#askedAt > HANGS ? "The database does not answer" : undefined;
+    if (this.isClosed || this.#failure) return this.#failure ?? "The server is going away";
+    return this.working && performance.now() - this.#askedAt > HANGS ? "The database is not responding" : undefined;
   }
 
   /** Takes a message to be written; false if too much is waiting. */
@@ -646,19 +647,19 @@ class Store {
     return true;
   }
 
-  /** Resolves when what was written is known here: all of it, or all until this version of the head. */
+  /** Brings the log up to date with the database, or at least to this version of its head. */
   async sync(version?: string | null): Promise<void> {
-    if (version !== undefined) await this.working; // which may be writing that version
+    if (version !== undefined) await this.working; // it may be writing that very version
     if (version === this.#version) return;
     this.#isBehind = true;
     await this.#work();
   }
 
   #work(): Promise<void> {
-    return this.working ??= this.#loop().finally(() => this.working = undefined);
+    return this.working ??= this.#loop();
   }
 
-  /** Reads what others wrote, writes what is waiting: as long as there is any of it. */
+  /** Reads what others wrote and writes what is waiting, until nothing is left. */
   async #loop(): Promise<void> {
     while (!this.isClosed && (this.#isBehind || this.#queue.length > 0)) {
       this.#askedAt = performance.now();
@@ -667,13 +668,14 @@ class Store {
         if (this.#failure) stderr.print("The database works again");
         this.#failure = undefined;
       } catch (error) {
-        this.#isBehind = true; // nothing is dropped: senders get no confirmation until it is written
-        const failure = `The database fails: ${(error as Error).message}`;
+        this.#isBehind = true; // nothing is dropped: it stays in the queue, unconfirmed
+        const failure = `Database error: ${(error as Error).message}`;
         if (!this.#failure) stderr.print(failure);
         this.#failure = failure;
         await wait(RETRY);
       }
     }
+    this.working = undefined; // in the same turn as the last look at the queue
   }
 
   async #commit(): Promise<void> {
@@ -687,7 +689,7 @@ class Store {
     const commit = this.kv.atomic().check({ key: HEAD, versionstamp: this.#version });
     commit.set(HEAD, { layout: LAYOUT, last }).set([...LOG, first], this.#buffer.subarray(0, bytes));
     for (const entry of expired) commit.delete([...LOG, entry]);
-    this.#uncertain = text; // if this throws, the same is tried again, until it is known what became of it
+    this.#uncertain = text; // if this throws, the same entry is tried again until the outcome is known
     const result = await commit.commit();
     this.#isBehind = !result.ok;
     if (!result.ok) return;
@@ -712,7 +714,7 @@ class Store {
     return read < text.length ? text.slice(0, text.lastIndexOf("\n", read)) : text;
   }
 
-  /** Reads what others wrote, and drops from the queue what is there already. */
+  /** Reads what others wrote, and drops from the queue what was written already. */
   async #pull(): Promise<void> {
     const { value, versionstamp } = await this.kv.get<{ layout: number; last: number }>(HEAD);
     const { layout, last } = value ?? { layout: LAYOUT, last: 0 };
@@ -733,13 +735,13 @@ class Store {
     for await (const { key, value } of this.kv.list({ start: [...LOG, this.log.head + 1], end: [...LOG, last + 1] })) {
       const first = Number(key.at(-1)), { text, lines, ids } = decode(key, value);
       if (first > this.log.head + 1) await this.#restart(first - 1); // what was before it is deleted
-      if (text === this.#uncertain) this.#queue.splice(0, lines.length);
-      if (this.#version !== null) this.#entries.splice(0, this.#expired(this.log.head).length); // by who wrote this
+      const accepted = text === this.#uncertain ? this.#queue.splice(0, lines.length) : [];
+      if (this.#version !== null) this.#entries.splice(0, this.#expired(this.log.head).length); // whoever wrote this entry deleted these
       this.#entries.push(first);
       this.log.add({ first, last: first + lines.length - 1, lines, text, bytes: 3 * text.length }, ids);
-      await this.written([]);
+      await this.written(accepted);
     }
-    if (this.log.head < last) decode([...LOG, this.log.head + 1], undefined);
+    if (this.log.head < last) throw unreadable([...LOG, this.log.head + 1]);
   }
 
   async #restart(head: number): Promise<void> {
@@ -748,7 +750,7 @@ class Store {
     await this.written([]);
   }
 
-  /** The entries of which nothing is kept once `head` is the newest message; the last entry is always kept. */
+  /** The entries that can be deleted once `head` is the newest message; the last entry is always kept. */
   #expired(head: number): number[] {
     const oldest = head - this.log.history + 1;
     const kept = this.#entries.findIndex((_, i) => (this.#entries[i + 1] ?? Infinity) > oldest);
@@ -762,17 +764,17 @@ function decode(key: Deno.KvKey, value: unknown): { text: string; lines: string[
     const text = new TextDecoder("utf-8", { fatal: true }).decode(value as Uint8Array), lines = text.split("\n");
     return { text, lines, ids: lines.map((line) => JSON.parse(line).id) };
   } catch {
-    const advice = "restore a backup, or delete that entry";
-    throw new Error(`the entry ${JSON.stringify(key)} of the database cannot be read: ${advice}`);
+    throw unreadable(key);
   }
 }
 
+const unreadable = (key: Deno.KvKey) =>
+  new Error(`the entry ${JSON.stringify(key)} cannot be read: restore a backup, or delete that entry`);
+
 // ─────────────────────────────────────────────────── Who is here ───────────────────────────────────────────────────
-
-const HEARTBEAT = 10_000, PRESUMED_DEAD = 30_000; // ms until an instance writes again who is there, or counts no more
-const TRIVIAL = 1024, MAX_TYPING = 10; // UTF-16 units of changes, told even if all were fewer; names that are typing
-
-/** Who is on an instance, and when that was last seen to change: in ms since this process began, by no other clock. */
+const HEARTBEAT = 10_000, PRESUMED_DEAD = 30_000; // ms between roster writes; ms without one until an instance counts as gone
+const TRIVIAL = 1024, MAX_TYPING = 10; // length of changes that are told even if the roster is shorter; names told at once
+/** Who is on another instance, and when its entry was last seen to change, in ms since this process began. */
 type Roster = { online: number; users: string[]; version: string; at: number };
 
 /** Who is here, on this instance and on the others, and who is typing on this one. */
@@ -783,22 +785,22 @@ class Presence {
   readonly #users = new Map<string, number>(); // how many of them each name has
   #others = new Map<string, Roster>(); // the other instances
   #told = { online: 0, users: new Set<string>() }; // what the room was told last
-  #isChanged = false; // what the others read of this instance is not true any more
+  #changes = 0; // how often someone joined or left
+  #published = 0; // `#changes` when the roster was last written
   #writtenAt = -Infinity;
-
   constructor(readonly kv: Deno.Kv) {}
 
   /** A connection joined, or left if `by` is -1. */
   count(username: string | undefined, by: 1 | -1): void {
     this.#online += by;
-    this.#isChanged = true;
+    this.#changes++;
     if (username === undefined) return;
     const connections = (this.#users.get(username) ?? 0) + by;
     if (connections > 0) this.#users.set(username, connections);
     else this.#users.delete(username);
   }
 
-  /** What to tell who came now, and what to tell the others: nothing, if nothing happened since this was last asked. */
+  /** The frame for new clients and the frame for the rest, empty if nothing changed. Resets the changes. */
   news(): [roster: string, changes: string] {
     const told = this.#told, others = [...this.#others.values()];
     const users = new Set([...this.#users.keys(), ...others.flatMap(({ users }) => users)]);
@@ -818,33 +820,32 @@ class Presence {
 
   /** Reads who is on the other instances, and lets them read who is on this one. Throws what the database throws. */
   async exchange(): Promise<void> {
-    const now = performance.now(), others = new Map<string, Roster>(), own = [...HERE, this.#id];
-    for await (const { key, value, versionstamp: version } of this.kv.list<Roster>({ prefix: HERE })) {
+    const now = performance.now(), others = new Map<string, Roster>(), own = [...ROSTERS, this.#id];
+    for await (const { key, value, versionstamp: version } of this.kv.list<Roster>({ prefix: ROSTERS })) {
       const id = String(key.at(-1)), known = this.#others.get(id), at = known?.version === version ? known.at : now;
       if (now - at > PRESUMED_DEAD) await this.kv.delete(key);
       else if (id !== this.#id) others.set(id, { ...value, version, at });
     }
     this.#others = others;
-    if (!this.#isChanged && (this.#online === 0 || now - this.#writtenAt < HEARTBEAT)) return;
-    this.#isChanged = false;
+    const changes = this.#changes, isStale = changes > this.#published;
+    if (!isStale && (this.#online === 0 || now - this.#writtenAt < HEARTBEAT)) return;
     if (this.#online === 0) await this.kv.delete(own);
     else await this.kv.set(own, { online: this.#online, users: fitting(this.#users.keys()) });
+    this.#published = changes;
     this.#writtenAt = now;
   }
 }
 
-/** As many of the names as one value holds, and one frame: in either a character has at most 3 bytes. */
+/** As many of the names as fit into one value and one frame, at no more than 3 bytes per UTF-16 unit. */
 function fitting(names: Iterable<string>): string[] {
   let bytes = 1024; // for the rest
   return Iterator.from(names).filter((name) => (bytes += 3 * name.length + 3) < MAX_VALUE).toArray();
 }
 
 // ──────────────────────────────────────────── Checking what a client sends ────────────────────────────────────────────
-
 const MAX_USERNAME = 40, MAX_MESSAGE = 2000; // UTF-16 units, as maxlength counts
-const MAX_UNCLEAN = 400; // UTF-16 units of a name before it is cleaned: normalising takes the square of its length
-
-/** A message that can be accepted. Its body ends the line on the wire, which begins with its place in the order. */
+const MAX_UNCLEAN = 400; // UTF-16 units of a name before it is cleaned: normalizing is quadratic in the length
+/** A message that can be accepted. `body` is the end of its line on the wire; the start is known once it is written. */
 type Message = { event: "send_message"; username: string; message: string; id?: string; body: string };
 type Join = { event: "join"; username?: string; since?: number; time?: number; key?: string; password?: string };
 type Refusal = { event: "error"; error: string; id?: string; retry_after?: number }; // in milliseconds
@@ -887,9 +888,8 @@ function checkJoin({ username, since, time, key, password }: Record<string, unkn
 }
 
 const INVISIBLE = /[[\p{Cc}\p{Cf}\p{Default_Ignorable_Code_Point}\u2800]--[\t-\r]]/gv;
-const USUAL_NAME = /^[!-~]+(?: [!-~]+)*$/; // of which nothing has to be cleaned
-
-/** A name as it is shown: nothing in it can hide, reorder a line or start another one; undefined if it is none. */
+const USUAL_NAME = /^[!-~]+(?: [!-~]+)*$/; // needs no cleaning
+/** A name as it is shown: nothing in it can hide, reorder a line, or add one. Undefined if it is invalid. */
 function cleanName(name: unknown): string | undefined {
   if (typeof name !== "string" || name.length > MAX_UNCLEAN) return undefined;
   const visible = USUAL_NAME.test(name) ? name : name.toWellFormed().replace(INVISIBLE, "").replace(/\s+/g, " ");
@@ -900,14 +900,13 @@ function cleanName(name: unknown): string | undefined {
 const isToken = (value: unknown, pattern: RegExp): value is string => typeof value === "string" && pattern.test(value);
 const isWhole = (value: unknown): value is number => Number.isSafeInteger(value) && (value as number) >= 0;
 
-/** What tells a client that something cannot be accepted, or for how many milliseconds it cannot. */
+/** Builds an error event. `wait` is how many ms later a retry may succeed. */
 function refusal(error: string, id?: string, wait?: number): Refusal {
   const soon = wait === undefined ? "" : `: try again in ${Math.ceil(wait / 100) / 10} s`;
   return { event: "error", error: error + soon, id, retry_after: wait };
 }
 
 // ──────────────────────────────────────────────────── Settings ────────────────────────────────────────────────────
-
 /** What {@linkcode startChat} can be told. Everything has a default. */
 export interface ChatOptions {
   /** The TCP port; 0 takes a free one. Default: 8000. */
@@ -932,7 +931,7 @@ export interface ChatOptions {
   maxClientsPerAddress?: number;
   /** Origins besides the server's own whose pages may connect, like `https://chat.example`. Default: none. */
   allowedOrigins?: string[];
-  /** Whether the address of a client is the last in `X-Forwarded-For`: only behind a proxy. Default: false. */
+  /** Whether to trust `X-Forwarded-For` and `X-Forwarded-Proto`: only behind a proxy. Default: false. */
   trustProxy?: boolean;
   /** Seconds after which a silent connection is closed, if it does not answer a ping either. Default: 30. */
   idleTimeout?: number;
@@ -943,13 +942,11 @@ export interface ChatOptions {
 }
 
 type Settings = Required<Omit<ChatOptions, "db" | "tlsCert" | "tlsKey">> & ChatOptions;
-
-const TEXT = "a text", TITLE = "1 to 100 characters in one line", SWITCH = "on or off";
+const TEXT = "a string", TITLE = "1 to 100 characters in one line", SWITCH = "on or off";
 const ORIGINS = "origins with commas between them, like https://chat.example";
 
-/** The variable that sets an option, its default, and what it must be: a number from and to, or as one of these says. */
-type Setting = [variable: string, preset: unknown, rule: [number, number] | string];
-
+/** The variable of an option, its default, and what it must be: a number within a range, or one of the above. */
+type Setting = [variable: string, fallback: unknown, rule: [number, number] | string];
 const SETTINGS: Record<keyof ChatOptions, Setting> = {
   port: ["PORT", 8000, [0, 65_535]],
   hostname: ["HOST", "127.0.0.1", TEXT],
@@ -968,12 +965,12 @@ const SETTINGS: Record<keyof ChatOptions, Setting> = {
   tlsKey: ["CHAT_TLS_KEY", undefined, TEXT],
 };
 
-/** The settings that the options say, or without any the environment. Throws a `RangeError` for one without sense. */
-function settle(options?: ChatOptions): Settings {
-  const settings = Object.entries(SETTINGS).map(([option, [variable, preset, rule]]) => {
+/** Resolves settings from the options or, without any, from the environment. Throws a `RangeError` for an invalid one. */
+function resolveSettings(options?: ChatOptions): Settings {
+  const settings = Object.entries(SETTINGS).map(([option, [variable, fallback, rule]]) => {
     const given = options ? options[option as keyof ChatOptions] : Deno.env.get(variable) || undefined;
-    if (given === undefined || given instanceof Deno.Kv) return [option, given ?? preset];
-    const value = read(given, rule);
+    if (given === undefined || given instanceof Deno.Kv) return [option, given ?? fallback];
+    const value = parse(given, rule);
     if (value !== undefined && (!options || typeof value === typeof given)) return [option, value];
     const sense = typeof rule === "string" ? rule : `a whole number from ${rule.join(" to ")}`;
     throw new RangeError(`${options ? option : variable} must be ${sense}, not ${JSON.stringify(given)}`);
@@ -983,8 +980,8 @@ function settle(options?: ChatOptions): Settings {
   return { db: db ?? (Deno.env.has("DENO_DEPLOY") ? undefined : "chat.db"), tlsCert, tlsKey, ...rest };
 }
 
-/** The value that is given, or that a text means; undefined if it makes no sense. */
-function read(given: unknown, rule: Setting[2]): unknown {
+/** Parses a value; undefined if it is invalid. */
+function parse(given: unknown, rule: Setting[2]): unknown {
   const text = `${given}`;
   if (rule === SWITCH) return new Map([["on", true], ["true", true], ["off", false], ["false", false]]).get(text);
   if (rule === TEXT || rule === TITLE && /^[^\p{Cc}]{1,100}$/u.test(text)) return text;
@@ -996,12 +993,11 @@ function read(given: unknown, rule: Setting[2]): unknown {
 const isUrl = (db: string) => /^https?:\/\//.test(db);
 
 // ─────────────────────────────────────────── The terminal and the program ───────────────────────────────────────────
-
 const ENCODER = new TextEncoder();
 const turn = () => new Promise<void>((resolve) => setImmediate(resolve));
 const wait = (ms: number) => new Promise<void>((resolve) => setTimeout(resolve, ms));
 
-async function within(ms: number, promise: Promise<unknown> | undefined): Promise<void> {
+async function withTimeout(ms: number, promise: Promise<unknown> | undefined): Promise<void> {
   let timer;
   await Promise.race([promise, new Promise((resolve) => timer = setTimeout(resolve, ms))]);
   clearTimeout(timer);
@@ -1017,19 +1013,17 @@ async function sha256(text: string): Promise<Uint8Array> {
 }
 
 const MAX_PRINTED = 16 * 1024; // UTF-16 units that wait to be printed
-
 /** Standard output or standard error, written without waiting: what it does not take is dropped and counted. */
 class Terminal {
   #waiting = "";
   #dropped = 0; // lines
-  writing?: Promise<void>; // until everything is written or dropped: for ever, if nobody reads
-
+  writing?: Promise<void>; // pending while there is anything to write: for ever, if nobody reads
   constructor(readonly stream: typeof Deno.stdout) {}
 
   print(line: string): void {
-    if (this.#waiting.length + line.length > MAX_PRINTED) this.#dropped++;
-    else this.#waiting += `${line}\n`;
-    this.writing ??= this.#write().finally(() => this.writing = undefined);
+    if (this.#waiting.length + line.length > MAX_PRINTED) return void this.#dropped++;
+    this.#waiting += `${line}\n`;
+    this.writing ??= this.#write();
   }
 
   async #write(): Promise<void> {
@@ -1044,13 +1038,14 @@ class Terminal {
         this.#dropped += text.split("\n").length - 1;
       }
     }
+    this.writing = undefined;
   }
 }
 
 const stdout = new Terminal(Deno.stdout), stderr = new Terminal(Deno.stderr);
 const report = (error: unknown) => stderr.print(`Internal error: ${error instanceof Error ? error.stack : error}`);
 
-/** Where the page can be opened: each of the machine's addresses, if it listens on all of them. */
+/** The URLs of the page: one for each of the machine's addresses if it listens on all of them. */
 function urls(addr: Deno.Addr, scheme: string): string[] {
   if (!("hostname" in addr)) return ["path" in addr ? `unix:${addr.path}` : JSON.stringify(addr)];
   const { hostname, port } = addr;
@@ -1062,39 +1057,43 @@ function urls(addr: Deno.Addr, scheme: string): string[] {
   return ["localhost", ...reachable.map(({ address }) => address)].map(url);
 }
 
-function announce(addr: Deno.Addr, { db = "the app's KV database", title, password, tlsCert }: Settings): void {
+function printAddresses(addr: Deno.Addr, { db = "the app's KV database", title, password, tlsCert }: Settings): void {
   stdout.print(`${title} is open: ${urls(addr, tlsCert ? "https" : "http").join("  ")} (messages in ${db})`);
   const isLocal = !("hostname" in addr) || /^(127\.|::1$|localhost$)/.test(addr.hostname);
-  if (!isLocal && !password) stdout.print("Whoever can reach it may read and write, unless you set CHAT_PASSWORD.");
+  if (!isLocal && !password) {
+    stdout.print("Anyone who can reach this address can read and write, unless you set CHAT_PASSWORD.");
+  }
 }
 
-/** The command that lets the program use the files in its settings. */
-function commandWithFiles({ db, tlsCert, tlsKey }: Settings): string {
+/** The command that starts the chat with permission for the files it is set to use, and for the path it was denied. */
+function commandFor({ db, tlsCert, tlsKey }: Settings, denied: string): string {
   const file = typeof db === "string" && db !== ":memory:" && !isUrl(db) ? db : undefined;
   const files = [["CHAT_DB", file], ["CHAT_TLS_CERT", tlsCert], ["CHAT_TLS_KEY", tlsKey]].filter(([, path]) => path);
-  const flags = `--allow-read=${files.map(([, path]) => path)}${file ? ` --allow-write=${file}` : ""}`;
-  return `${files.map((setting) => setting.join("=")).join(" ")} FLAGS="${flags}" deno task start`;
+  const read = new Set([...files.map(([, path]) => path), denied]);
+  const write = [...read].filter((path) => path !== tlsCert && path !== tlsKey);
+  const variables = files.map((setting) => setting.join("=")).join(" ");
+  return `${variables} FLAGS="--allow-read=${[...read]} --allow-write=${write}" deno task start`.trim();
 }
 
 if (import.meta.main) {
   let settings: Settings | undefined;
   try {
-    settings = settle();
+    settings = resolveSettings();
     const chat = await startChat(settings);
-    announce(chat.addr, settings);
+    printAddresses(chat.addr, settings);
     const end = async () => {
       await chat.shutdown();
-      await within(GRACE, stdout.writing);
+      await withTimeout(GRACE, stdout.writing);
       Deno.exit();
     };
     Deno.addSignalListener("SIGINT", end);
     if (Deno.build.os !== "windows") Deno.addSignalListener("SIGTERM", end);
   } catch (error) {
-    const { message } = error as Error, isForbidden = settings && error instanceof Deno.errors.NotCapable;
-    const isTaken = error instanceof Deno.errors.AddrInUse;
-    const reason = isForbidden ? `${message.split(",")[0]}. Run: ${commandWithFiles(settings!)}` : message;
+    const { message } = error as Error, [, denied] = message.match(/^Requires (?:read|write) access to "(.*)"/) ?? [];
+    const isTaken = error instanceof Deno.errors.AddrInUse, advice = settings && denied && commandFor(settings, denied);
+    const reason = advice ? `${message.split(",")[0]}. Run: ${advice}` : message;
     stderr.print(`The chat cannot start: ${isTaken ? "the port is taken, set PORT to another" : reason}`);
-    await within(GRACE, stderr.writing);
+    await withTimeout(GRACE, stderr.writing);
     Deno.exit(1);
   }
 }
