@@ -62,7 +62,7 @@ export async function startChat(options: ChatOptions = {}): Promise<Chat> {
     await opening;
     return { addr, shutdown, [Symbol.asyncDispose]: shutdown };
   } catch (error) {
-    await opening.catch(() => {});
+    await withTimeout(GRACE, opening.catch(() => {}));
     await shutdown();
     throw error;
   }
@@ -71,7 +71,6 @@ export async function startChat(options: ChatOptions = {}): Promise<Chat> {
 const OPENING = "The room is opening";
 const respond = (status: number, body: string, headers?: HeadersInit) => new Response(`${body}\n`, { status, headers });
 
-/** Upgrades the request to a WebSocket, or returns an error response. */
 function upgrade(request: Request, remoteAddr: Deno.Addr, room: Room): Response {
   const forwarded = room.settings.trustProxy && request.headers.get("x-forwarded-for")?.split(",").at(-1)?.trim();
   const address = forwarded || ("hostname" in remoteAddr ? remoteAddr.hostname : undefined); // none on a Unix socket
@@ -134,15 +133,17 @@ function pageServer(title: string): (request: Request) => Promise<Response> {
   };
 }
 
-const RETRY = 500; // ms before a retry
+const RETRY = 50, REPORTED = 5; // ms before a retry; failures in a row before they are reported
 /** Listens, and listens again at the same address if accepting fails (out of file descriptors, say). Returns the address. */
 function listen(options: Deno.ServeTcpOptions & { signal: AbortSignal }, handler: Deno.ServeHandler): Deno.NetAddr {
   const onError = (error: unknown) => (report(error), respond(500, "Internal error"));
   const { addr, finished } = Deno.serve({ ...options, onError, onListen() {} }, handler);
-  const again = async (): Promise<unknown> => {
-    await wait(RETRY);
-    return options.signal.aborted ||
-      await Promise.try(listen, { ...options, ...addr as { port: number } }, handler).catch(again);
+  const again = async () => {
+    let next: Deno.NetAddr | undefined;
+    while (!next && !options.signal.aborted) {
+      await wait(RETRY);
+      next = await Promise.try(listen, { ...options, ...addr as { port: number } }, handler).catch(() => undefined);
+    }
   };
   finished.catch((error) => (stderr.print(`New connections cannot be accepted: ${error.message}`), again()));
   return addr;
@@ -162,6 +163,7 @@ class Room {
   readonly store: Store;
   readonly presence: Presence;
   readonly #requests: Requests;
+  readonly #debts = new Map<string, Bucket>(); // for messages, of addresses whose clients left before it was full again
   readonly #emptied = Promise.withResolvers<void>(); // when the last client has gone, at the end
   #ticking?: ReturnType<typeof setInterval>;
   hasNews = false; // there is something to announce
@@ -185,16 +187,15 @@ class Room {
   }
 
   isFull(address: string | undefined): boolean {
-    const { maxClients, maxClientsPerAddress } = this.settings;
-    if (this.#clients.size >= maxClients) return true;
-    if (maxClientsPerAddress === 0 || address === undefined) return false;
-    const neighbours = this.#clients.values().filter((client) => client.address === address).toArray();
-    return neighbours.length >= maxClientsPerAddress;
+    const { maxClients, maxClientsPerAddress: most } = this.settings;
+    const neighbours = address && most > 0 ? this.#clients.values().filter((client) => client.address === address) : [];
+    return this.#clients.size >= maxClients || most > 0 && [...neighbours].length >= most;
   }
 
   /** Adds a socket. Once it is open it gets every message, unless the room has a password. */
   add(socket: WebSocket, address: string | undefined): void {
     const client = new Client(this, socket, address), deadline = Math.min(DEADLINE, 1000 * this.settings.idleTimeout);
+    client.buckets.send_message = this.#debts.get(address ?? ""); // who comes back does not begin anew
     this.#clients.add(client); // it counts from the handshake on
     client.timer = setTimeout(() => {
       if (socket.readyState === WebSocket.CONNECTING) this.#clients.delete(client); // a handshake that died has no event
@@ -208,6 +209,9 @@ class Room {
     socket.onclose = () => {
       client.close(1000, "");
       this.#clients.delete(client); // until then it counts: a peer that does not answer is not gone
+      const { send_message: bucket } = client.buckets;
+      if (address && bucket) this.#debts.set(address, bucket);
+      for (const [address, { fullAt }] of this.#debts) if (fullAt < performance.now()) this.#debts.delete(address);
       if (this.#isClosed && this.#clients.size === 0) this.#emptied.resolve();
     };
   }
@@ -250,7 +254,6 @@ class Room {
     this.#looking ??= this.#look().catch(() => {}).finally(() => this.#looking = undefined); // the store reports errors
   }
 
-  /** Tells everyone who joined who came, left, and is typing, batched into a few frames. */
   async #announce(): Promise<void> {
     this.hasNews = false;
     const [roster, changes] = this.presence.news();
@@ -287,7 +290,8 @@ class Room {
     if (this.#clients.size > 0) await withTimeout(GRACE, this.#emptied.promise);
     const leave = async () => {
       await this.#looking;
-      await this.presence.exchange().catch(() => {}); // else the others presume this instance dead, later
+      await this.presence.exchange().catch(() => wait(RETRY)); // the other instances are told
+      await this.presence.exchange().catch(() => {}); // else they presume this one dead, later
       await this.store.working;
       if (this.kv !== this.settings.db) this.kv.close();
     };
@@ -304,7 +308,6 @@ class Bucket {
   fullAt = 0;
   constructor(readonly rate: number) {} // tokens a second
 
-  /** The milliseconds until there are `price` tokens; 0 if there are. */
   wait(price = 1): number {
     const now = performance.now();
     return Math.max(0, Math.ceil(Math.max(this.fullAt, now) + 1000 * price / this.rate - now - BURST));
@@ -336,7 +339,6 @@ class Client {
   #hasFailed = false;
   constructor(readonly room: Room, readonly socket: WebSocket, readonly address: string | undefined) {}
 
-  /** Lets it read the messages after a place in the log. */
   admit(place: number): void {
     clearTimeout(this.timer);
     this.place = place;
@@ -346,7 +348,7 @@ class Client {
   feed(): number {
     const { log } = this.room;
     let sent = 0;
-    while (this.place < log.head && !this.isBackedUp()) {
+    while (this.place < log.head && (this.joined || sent < MAX_COPIES) && !this.isBackedUp()) {
       const batch = log.after(this.place);
       if (!batch) this.close(1013, "too slow: what comes next is no longer kept");
       else if (
@@ -416,11 +418,11 @@ class Requests {
   readonly #guesses = new Map<string, Bucket>(); // of addresses that gave a wrong password
   constructor(readonly room: Room) {}
 
-  /** Handles a frame. An error in that ends this connection and no other. */
   receive(client: Client, frame: string | ArrayBuffer): void {
     if (client.isClosed) return;
-    const size = typeof frame === "string" ? frame.length : frame.byteLength, isText = typeof frame === "string";
-    const isLarge = size > MAX_FRAME || isText && 3 * size > MAX_FRAME && ENCODER.encode(frame).length > MAX_FRAME;
+    const size = typeof frame === "string" ? frame.length : frame.byteLength;
+    const isLarge = size > MAX_FRAME ||
+      3 * size > MAX_FRAME && isText(frame) && ENCODER.encode(frame).length > MAX_FRAME;
     if (isLarge) return client.close(1009, `a frame may have ${MAX_FRAME} bytes`);
     if (!this.#pay(client, "frame", undefined, 1 + size / 1024)) return;
     this.#do(client, frame);
@@ -474,14 +476,14 @@ class Requests {
     return (client.buckets[limit] ??= new Bucket(rate)).spend(price);
   }
 
-  /** Sends an error, or closes a client that causes too many. */
   #refuse(client: Client, refusal: Refusal): void {
     if (this.#spend(client, "error") > 0) client.close(1013, "too many errors");
     else client.send(JSON.stringify(refusal));
   }
 
   #accept(client: Client, message: Message): void {
-    const { id, username } = message, { log, store } = this.room, known = id === undefined ? id : log.ids.get(id);
+    const { id, username } = message, { log, store } = this.room, seq = id && log.ids.get(id);
+    const known = seq && seq >= log.oldest ? seq : undefined; // an id may outlive its message
     if (known !== undefined && known > client.place) return; // it comes in its turn
     if (known !== undefined) return void client.send(log.line(known));
     if (client.tag) message.body = `${message.body.slice(0, -1)},"tag":"${client.tag}"}`;
@@ -489,7 +491,6 @@ class Requests {
     if (!store.append(message)) this.#refuse(client, refusal("the room cannot take more messages just now", id, 1000));
   }
 
-  /** Starts a join. Frames that arrive before it is done wait for it. */
   #join(client: Client, join: Join): void {
     const joined = client.place < Infinity ? this.#admit(client, join) : this.#askPassword(client, join);
     client.joining = joined.catch((error) => this.#fail(client, error)).finally(() => client.joining = undefined);
@@ -531,7 +532,6 @@ class Requests {
 const MAX_BATCH = 64 * 1024; // UTF-16 units of lines in one frame
 /** Messages that are sent together: their lines, the lines joined, and an upper bound of the size of that in bytes. */
 type Batch = { first: number; last: number; lines: string[]; text: string; bytes: number };
-
 /** The messages that are kept, in memory: their lines as they go on the wire, oldest first, without a gap. */
 class Log {
   head = 0; // the number of the newest message
@@ -548,7 +548,6 @@ class Log {
     return this.#lines[seq - this.oldest];
   }
 
-  /** A batch of the messages after `seq`; undefined if they are no longer kept. */
   after(seq: number): Batch | undefined {
     const first = seq + 1, start = first - this.oldest;
     if (this.#newest?.first === first) return this.#newest;
@@ -559,7 +558,6 @@ class Log {
     return { first, last: seq + lines.length, lines, text: lines.join("\n"), bytes: 3 * units };
   }
 
-  /** The lines before message `seq`, at most {@linkcode PAGE}. */
   before(seq: number): string[] {
     const end = Math.max(0, Math.min(seq, this.head + 1) - this.oldest);
     const lines = this.#lines.slice(Math.max(0, end - PAGE), end);
@@ -622,6 +620,7 @@ class Store {
   #uncertain?: string; // the entry of a commit that threw, and may have been written all the same
   #isBehind = true; // another instance has written, or may have
   #askedAt = 0; // when the database was last asked, in ms since the process began
+  #failures = 0; // in a row: two processes on one file may lock each other out for a moment
   #failure?: string = OPENING; // why messages cannot be written
   /** `written` is called when the log has grown, with the messages that were accepted here. */
   constructor(readonly kv: Deno.Kv, readonly log: Log, readonly written: (accepted: Message[]) => Promise<void>) {}
@@ -632,13 +631,11 @@ class Store {
     this.#failure = undefined;
   }
 
-  /** Why messages cannot be written; undefined while they can. */
   get trouble(): string | undefined {
     if (this.isClosed || this.#failure) return this.#failure ?? "The server is going away";
     return this.working && performance.now() - this.#askedAt > HANGS ? "The database is not responding" : undefined;
   }
 
-  /** Takes a message to be written; false if too much is waiting. */
   append(message: Message): boolean {
     if (this.#queue.length >= MAX_QUEUE) return false;
     this.#queue.push(message);
@@ -647,12 +644,12 @@ class Store {
     return true;
   }
 
-  /** Brings the log up to date with the database, or at least to this version of its head. */
+  /** Brings the log up to date with the database: at once, or if its head is not at this version, soon. */
   async sync(version?: string | null): Promise<void> {
-    if (version !== undefined) await this.working; // it may be writing that very version
     if (version === this.#version) return;
     this.#isBehind = true;
-    await this.#work();
+    const working = this.#work();
+    if (version === undefined) await working;
   }
 
   #work(): Promise<void> {
@@ -664,14 +661,16 @@ class Store {
     while (!this.isClosed && (this.#isBehind || this.#queue.length > 0)) {
       this.#askedAt = performance.now();
       try {
+        const isProof = !this.#isBehind || this.#queue.length === 0; // while a message waits, only a commit is
         await (this.#isBehind ? this.#pull() : this.#commit());
-        if (this.#failure) stderr.print("The database works again");
+        if (!isProof) continue;
+        if (this.#failures >= REPORTED) stderr.print("The database works again");
+        this.#failures = 0;
         this.#failure = undefined;
       } catch (error) {
         this.#isBehind = true; // nothing is dropped: it stays in the queue, unconfirmed
-        const failure = `Database error: ${(error as Error).message}`;
-        if (!this.#failure) stderr.print(failure);
-        this.#failure = failure;
+        this.#failure = `Database error: ${(error as Error).message}`;
+        if (++this.#failures === REPORTED) stderr.print(this.#failure);
         await wait(RETRY);
       }
     }
@@ -691,7 +690,7 @@ class Store {
     for (const entry of expired) commit.delete([...LOG, entry]);
     this.#uncertain = text; // if this throws, the same entry is tried again until the outcome is known
     const result = await commit.commit();
-    this.#isBehind = !result.ok;
+    this.#isBehind ||= !result.ok;
     if (!result.ok) return;
     this.#uncertain = undefined;
     this.#version = result.versionstamp;
@@ -714,11 +713,12 @@ class Store {
     return read < text.length ? text.slice(0, text.lastIndexOf("\n", read)) : text;
   }
 
-  /** Reads what others wrote, and drops from the queue what was written already. */
   async #pull(): Promise<void> {
     const { value, versionstamp } = await this.kv.get<{ layout: number; last: number }>(HEAD);
     const { layout, last } = value ?? { layout: LAYOUT, last: 0 };
-    if (layout !== LAYOUT) throw new Error(`the database has layout ${layout}, and this program knows only ${LAYOUT}`);
+    if (layout !== LAYOUT || !isWhole(last)) {
+      throw new Error(`the database has layout ${layout}, and this program knows only ${LAYOUT}`);
+    }
     if (versionstamp !== this.#version) {
       if (last < this.log.head) await this.#restart(0); // the room was emptied
       await this.#read(last);
@@ -734,9 +734,10 @@ class Store {
   async #read(last: number): Promise<void> {
     for await (const { key, value } of this.kv.list({ start: [...LOG, this.log.head + 1], end: [...LOG, last + 1] })) {
       const first = Number(key.at(-1)), { text, lines, ids } = decode(key, value);
+      if (first <= this.log.head) throw unreadable(key);
       if (first > this.log.head + 1) await this.#restart(first - 1); // what was before it is deleted
       const accepted = text === this.#uncertain ? this.#queue.splice(0, lines.length) : [];
-      if (this.#version !== null) this.#entries.splice(0, this.#expired(this.log.head).length); // whoever wrote this entry deleted these
+      this.#entries.splice(0, this.#entries.length - 2 * this.log.history); // others deleted those
       this.#entries.push(first);
       this.log.add({ first, last: first + lines.length - 1, lines, text, bytes: 3 * text.length }, ids);
       await this.written(accepted);
@@ -745,7 +746,7 @@ class Store {
   }
 
   async #restart(head: number): Promise<void> {
-    this.#entries = [];
+    if (head === 0) this.#entries = [];
     this.log.restart(head);
     await this.written([]);
   }
@@ -762,7 +763,9 @@ class Store {
 function decode(key: Deno.KvKey, value: unknown): { text: string; lines: string[]; ids: (string | undefined)[] } {
   try {
     const text = new TextDecoder("utf-8", { fatal: true }).decode(value as Uint8Array), lines = text.split("\n");
-    return { text, lines, ids: lines.map((line) => JSON.parse(line).id) };
+    const messages = lines.map((line) => JSON.parse(line)), first = Number(key.at(-1));
+    if (!messages.every(({ seq }, i) => seq === first + i)) throw new Error("not in order");
+    return { text, lines, ids: messages.map(({ id }) => id) };
   } catch {
     throw unreadable(key);
   }
@@ -822,6 +825,7 @@ class Presence {
   async exchange(): Promise<void> {
     const now = performance.now(), others = new Map<string, Roster>(), own = [...ROSTERS, this.#id];
     for await (const { key, value, versionstamp: version } of this.kv.list<Roster>({ prefix: ROSTERS })) {
+      if (!isWhole(value?.online) || !Array.isArray(value.users) || !value.users.every(isText)) continue;
       const id = String(key.at(-1)), known = this.#others.get(id), at = known?.version === version ? known.at : now;
       if (now - at > PRESUMED_DEAD) await this.kv.delete(key);
       else if (id !== this.#id) others.set(id, { ...value, version, at });
@@ -850,7 +854,6 @@ type Message = { event: "send_message"; username: string; message: string; id?: 
 type Join = { event: "join"; username?: string; since?: number; time?: number; key?: string; password?: string };
 type Refusal = { event: "error"; error: string; id?: string; retry_after?: number }; // in milliseconds
 type Incoming = Message | Join | { event: "history"; before: number } | { event: "typing" | "ping" } | Refusal;
-
 function check(frame: string | ArrayBuffer): Incoming {
   if (typeof frame !== "string") return refusal("a frame must be text, not binary");
   let data: Record<string, unknown>;
@@ -897,6 +900,7 @@ function cleanName(name: unknown): string | undefined {
   return clean.length > 0 && clean.length <= MAX_USERNAME ? clean : undefined;
 }
 
+const isText = (value: unknown): value is string => typeof value === "string";
 const isToken = (value: unknown, pattern: RegExp): value is string => typeof value === "string" && pattern.test(value);
 const isWhole = (value: unknown): value is number => Number.isSafeInteger(value) && (value as number) >= 0;
 
@@ -980,7 +984,6 @@ function resolveSettings(options?: ChatOptions): Settings {
   return { db: db ?? (Deno.env.has("DENO_DEPLOY") ? undefined : "chat.db"), tlsCert, tlsKey, ...rest };
 }
 
-/** Parses a value; undefined if it is invalid. */
 function parse(given: unknown, rule: Setting[2]): unknown {
   const text = `${given}`;
   if (rule === SWITCH) return new Map([["on", true], ["true", true], ["off", false], ["false", false]]).get(text);
@@ -1044,8 +1047,6 @@ class Terminal {
 
 const stdout = new Terminal(Deno.stdout), stderr = new Terminal(Deno.stderr);
 const report = (error: unknown) => stderr.print(`Internal error: ${error instanceof Error ? error.stack : error}`);
-
-/** The URLs of the page: one for each of the machine's addresses if it listens on all of them. */
 function urls(addr: Deno.Addr, scheme: string): string[] {
   if (!("hostname" in addr)) return ["path" in addr ? `unix:${addr.path}` : JSON.stringify(addr)];
   const { hostname, port } = addr;
@@ -1065,7 +1066,6 @@ function printAddresses(addr: Deno.Addr, { db = "the app's KV database", title, 
   }
 }
 
-/** The command that starts the chat with permission for the files it is set to use, and for the path it was denied. */
 function commandFor({ db, tlsCert, tlsKey }: Settings, denied: string): string {
   const file = typeof db === "string" && db !== ":memory:" && !isUrl(db) ? db : undefined;
   const files = [["CHAT_DB", file], ["CHAT_TLS_CERT", tlsCert], ["CHAT_TLS_KEY", tlsKey]].filter(([, path]) => path);
