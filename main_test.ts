@@ -2746,6 +2746,17 @@ pageTest("tells the room the last of many names", async ({ browser, run, enter, 
   await browser.goTo("about:blank");
 }, { rateLimit: 20 });
 
+pageTest("works where storage is forbidden", async ({ browser, enter, say, until }) => {
+  const source = `for (const storage of ["localStorage", "sessionStorage"]) {
+    Object.defineProperty(self, storage, { get() { throw new DOMException("no", "SecurityError") } });
+  }`;
+  const script = await browser.cdp("Page.addScriptToEvaluateOnNewDocument", { source }) as { identifier: string };
+  await enter("Ada");
+  await say("all the same");
+  await until(({ isSettled, mine }) => isSettled && mine.length === 1);
+  await browser.cdp("Page.removeScriptToEvaluateOnNewDocument", script);
+});
+
 pageTest("asks before a message that waits is lost", async ({ run, chat, enter, say, until }) => {
   const asks = () => run(() => !dispatchEvent(new Event("beforeunload", { cancelable: true })));
   await enter("Ada");
@@ -2812,7 +2823,7 @@ pageTest(
   async ({ browser, run, guest, enter, type, press, click, until }) => {
     const ada = await guest("Ada Lovelace");
     await guest("Alan");
-    await ada.say("**Bold** _and_ snake_case", "second");
+    await ada.say("**Bold** _and_ snake_case", ">:( second");
     await enter("Grace");
     await until(({ texts, people }) => texts.length === 2 && people.length === 3);
     assertEquals(await run(({ all }) => all("strong, em").map((node) => node.textContent)), ["Bold", "and"]);
