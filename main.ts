@@ -1086,6 +1086,7 @@ if (import.meta.main) {
       await withTimeout(GRACE, stdout.writing);
       Deno.exit();
     };
+    addEventListener("unhandledrejection", (event) => (event.preventDefault(), report(event.reason))); // Deno's own too
     Deno.addSignalListener("SIGINT", end);
     if (Deno.build.os !== "windows") Deno.addSignalListener("SIGTERM", end);
   } catch (error) {
