@@ -226,7 +226,6 @@ class Room {
     }
   }
 
-  /** Sends a client the messages after its place; what does not fit follows once it has read these. */
   feed(client: Client): number {
     const sent = client.feed();
     this.#isAnyoneBehind ||= client.place < this.log.head;
@@ -487,7 +486,7 @@ class Requests {
     if (known !== undefined && known > client.place) return; // it comes in its turn
     if (known !== undefined) return void client.send(log.line(known));
     if (client.tag) message.body = `${message.body.slice(0, -1)},"tag":"${client.tag}"}`;
-    this.room.presence.typing.delete(username);
+    if (this.room.presence.typing.size > 0) this.room.presence.typing.delete(username);
     if (!store.append(message)) this.#refuse(client, refusal("the room cannot take more messages just now", id, 1000));
   }
 
@@ -513,7 +512,6 @@ class Requests {
     this.room.hasNews = true;
   }
 
-  /** Admits a client that knows the password and closes another. Limits guesses per address. */
   async #askPassword(client: Client, join: Join): Promise<void> {
     const { address = "" } = client, hash = async (text: string) => (await sha256(this.#salt + text)).toBase64();
     if (join.password === undefined) return client.close(1008, "this room has a password");
@@ -656,7 +654,6 @@ class Store {
     return this.working ??= this.#loop();
   }
 
-  /** Reads what others wrote and writes what is waiting, until nothing is left. */
   async #loop(): Promise<void> {
     while (!this.isClosed && (this.#isBehind || this.#queue.length > 0)) {
       this.#askedAt = performance.now();
@@ -856,6 +853,8 @@ type Refusal = { event: "error"; error: string; id?: string; retry_after?: numbe
 type Incoming = Message | Join | { event: "history"; before: number } | { event: "typing" | "ping" } | Refusal;
 function check(frame: string | ArrayBuffer): Incoming {
   if (typeof frame !== "string") return refusal("a frame must be text, not binary");
+  const [, body, username, message, id] = USUAL.exec(frame) ?? [];
+  if (body) return { event: "send_message", username, message, id, body };
   let data: Record<string, unknown>;
   try {
     data = JSON.parse(frame);
@@ -891,12 +890,14 @@ function checkJoin({ username, since, time, key, password }: Record<string, unkn
 }
 
 const INVISIBLE = /[[\p{Cc}\p{Cf}\p{Default_Ignorable_Code_Point}\u2800]--[\t-\r]]/gv;
-const USUAL_NAME = /^[!-~]+(?: [!-~]+)*$/; // needs no cleaning
+
+/** A message in ASCII with nothing to clean or escape, no longer than MAX_USERNAME and MAX_MESSAGE: its body is a part of it. */
+const USUAL =
+  /^{"event":"send_message",("username":"(?=[^"]{1,40}")([!#-[\]-~]+(?: [!#-[\]-~]+)*)","message":"([!#-[\]-~](?:[ !#-[\]-~]{0,1998}[!#-[\]-~])?)"(?:,"id":"([\w-]{1,64})")?})$/;
 /** A name as it is shown: nothing in it can hide, reorder a line, or add one. Undefined if it is invalid. */
 function cleanName(name: unknown): string | undefined {
   if (typeof name !== "string" || name.length > MAX_UNCLEAN) return undefined;
-  const visible = USUAL_NAME.test(name) ? name : name.toWellFormed().replace(INVISIBLE, "").replace(/\s+/g, " ");
-  const clean = visible.trim().normalize();
+  const clean = name.toWellFormed().replace(INVISIBLE, "").replace(/\s+/g, " ").trim().normalize();
   return clean.length > 0 && clean.length <= MAX_USERNAME ? clean : undefined;
 }
 
@@ -904,7 +905,6 @@ const isText = (value: unknown): value is string => typeof value === "string";
 const isToken = (value: unknown, pattern: RegExp): value is string => typeof value === "string" && pattern.test(value);
 const isWhole = (value: unknown): value is number => Number.isSafeInteger(value) && (value as number) >= 0;
 
-/** Builds an error event. `wait` is how many ms later a retry may succeed. */
 function refusal(error: string, id?: string, wait?: number): Refusal {
   const soon = wait === undefined ? "" : `: try again in ${Math.ceil(wait / 100) / 10} s`;
   return { event: "error", error: error + soon, id, retry_after: wait };
