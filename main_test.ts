@@ -1631,6 +1631,45 @@ test("a room that is full answers 503, and lets the next in when someone leaves"
   assertMatch(await late.head(), /^HTTP\/1.1 503 [^]*\r\nretry-after: \d+\r\n/i);
 });
 
+test("handshakes that come at one moment do not pass the limit together", async () => {
+  await using chat = await start({ maxClients: 5 });
+  using guests = new DisposableStack();
+  const statuses = await Promise.all(
+    count(1, 40).map(async () => {
+      const raw = guests.use(await Raw.connect(chat.addr.port, ...HANDSHAKE));
+      return await raw.status();
+    }),
+  );
+  assertEquals(statuses.filter((status) => status === 101).length, 5);
+});
+
+test("a long Accept-Encoding holds nobody up", async () => {
+  await using chat = await start();
+  await using ada = await Client.open(chat);
+  using raw = await Raw.connect(
+    chat.addr.port,
+    "GET / HTTP/1.1",
+    "Host: chat.test",
+    `Accept-Encoding: ${";".repeat(32_000)}`,
+  );
+  const begun = performance.now();
+  await Promise.all([raw.status(), ada.ask({ event: "ping" }, is("pong"))]);
+  assert(performance.now() - begun < 1000, "it took 10 s once"); // a few milliseconds
+});
+
+test("who reconnects finds the limit for messages as it was left", async () => {
+  await using chat = await start({ rateLimit: 2 });
+  for (const accepted of [10, 0]) {
+    await using ada = await Client.open(chat, { username: "Ada" });
+    const from = ada.events.length;
+    for (let i = 1; i <= 12; i++) ada.send({ username: "Ada", message: `${i}` });
+    const answers = () => ada.events.slice(from).filter(({ event, message }) => event === "error" || message);
+    await ada.until(() => answers().filter(({ seq, error }) => error || seq).length >= 12);
+    const refused = answers().filter(({ error }) => error).length;
+    assert(refused >= 12 - accepted - 1, `${refused} of 12 were refused`);
+  }
+});
+
 test("a peer that does not answer pings is closed and counted once, and one that does stays", async () => {
   await using chat = await start({ idleTimeout: 1, maxClients: 4 });
   await using ada = await Client.open(chat, { username: "Ada" });
