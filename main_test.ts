@@ -2674,6 +2674,24 @@ pageTest("shows who is here and who types", async ({ browser, type, click, press
   await until(({ words }) => !/\(you\)/.test(words));
 });
 
+pageTest("keeps the names in a notice when it is drawn again", async ({ run, guest, enter, until }) => {
+  await enter("Grace");
+  const [ada, bob] = [await guest("Ada"), await guest("Bob")];
+  await until(({ people }) => people.length === 3);
+  await run(({ kept }) => {
+    kept.heard = [];
+    const look = () => kept.heard.push(...document.body.innerText.match(/^\s*left$/m) ?? []);
+    new MutationObserver(look).observe(document.body, { childList: true, subtree: true });
+  });
+  await ada[Symbol.asyncDispose]();
+  await until(({ words }) => /Ada left/.test(words));
+  for (const text of ["one", "two", "three"]) {
+    await bob.say(text);
+    await until(({ texts }, text) => texts.includes(text), text);
+  }
+  assertEquals(await run(({ kept }) => kept.heard), []);
+});
+
 pageTest("has the name of the room", async ({ run, guest, enter, until }) => {
   const ada = await guest("Ada");
   await enter("Grace");
