@@ -1194,7 +1194,7 @@ test("the program ends within two seconds while another process holds the databa
   await using program = await Program.start({ CHAT_DB: file.db });
   await using ada = await Client.open(program, { username: "Ada" });
   await ada.say("before");
-  using lock = new DatabaseSync(file.db);
+  using lock = new DatabaseSync(file.db, { timeout: DEADLINE });
   lock.exec("BEGIN EXCLUSIVE");
   ada.send({ username: "Ada", message: "meanwhile" });
   await new Promise((resolve) => setTimeout(resolve, 1500)); // so that more than this message waits for the lock
@@ -2574,10 +2574,14 @@ pageTest("shows a refused message with the reason, and gives it back", async (pa
     sessionStorage["chat.outbox"] = JSON.stringify([
       { id: "long", time: Date.now(), username: "Ada", message: "x".repeat(2001) },
       { id: "short", time: Date.now(), username: "Ada", message: "behind it" },
+      { id: "other", time: Date.now(), username: "Ada", message: "y".repeat(2001) },
     ])
   );
   await browser.reload();
-  await until(({ words, texts }) => /more than 2000/.test(words) && texts.includes("behind it"));
+  await until(({ all, texts }) => all(".refused").length === 2 && texts.includes("behind it"));
+  await until(({ one }) => /Not sent: more than 2000/.test(one("[role=alert]").innerText));
+  await click("Discard");
+  await until((page) => page.all(".refused").length === 1 && document.activeElement === page.field("Message"));
   const old = ({ one }: InPage) => Object.assign(one(".refused"), { old: true }) && true;
   await run(old);
   await click("Try again");
@@ -2616,7 +2620,7 @@ pageTest("outlives the server", async ({ browser, run, enter, until, say }) => {
     await chat.shutdown();
     await until(({ status }) => /^Offline, next try in \d+ s$/.test(status!));
     await say("meanwhile");
-    await until(({ isSettled, log }) => !isSettled && /Sending/.test(log.innerText));
+    await until(({ isSettled, log, words }) => !isSettled && /Sending/.test(log.innerText) && !/\(you\)/.test(words));
     chat = await begin(chat.addr.port);
     await until(({ isSettled, texts }) => isSettled && texts.join() === "before,meanwhile");
     await browser.switchTo(first);
@@ -2799,7 +2803,7 @@ pageTest("knows its own messages by their tag, whatever the names", async (page)
   await click("Jos");
   await run((page) => page.field("Your name").value = "");
   await type("Your name", `ada${ENTER}`);
-  await until(({ one, button }) => /ada is already here/.test(one("#wrong").innerText) && button("ada"));
+  await until(({ one, button }) => /You are ada now; someone else/.test(one("#wrong").innerText) && button("ada"));
   assert(await run(isRight));
   await browser.reload();
   await until(({ texts }) => texts.length === 3);

@@ -166,14 +166,14 @@ interface People {
   /** The names that are here. */
   users: Set<string>;
   /** Whether the list has to be drawn again. */
-  changed: boolean;
+  stale: boolean;
   /** Who uses a name: a colour for each tag. */
   known: Map<string, Map<string, number>>;
   /** Until when each is said to type. */
   typing: Map<string, number>;
   /** Who came or left, and until when that is shown. */
   notice: (Node | string)[];
-  noticeUntil: number;
+  until: number;
 }
 
 /** What comes while the page is not looked at. */
