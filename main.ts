@@ -36,7 +36,7 @@ export interface Chat extends AsyncDisposable {
 export async function startChat(options: ChatOptions = {}): Promise<Chat> {
   const settings = resolveSettings(options), { port, hostname, db, tlsCert, tlsKey } = settings;
   const [cert, key] = await Promise.all([tlsCert, tlsKey].map((path) => path && Deno.readTextFile(path)));
-  const servePage = pageServer(settings.title), ended = new AbortController();
+  const servePage = pageServer(settings.title), ending = new AbortController();
   let room: Room | undefined; // until the log is read, the page is served and sockets wait
   const opening = (async () => {
     room = new Room(typeof db === "object" ? db : await Deno.openKv(db), settings);
@@ -53,14 +53,16 @@ export async function startChat(options: ChatOptions = {}): Promise<Chat> {
     const trouble = room ? room.store.trouble : OPENING;
     return trouble ? respond(503, trouble) : respond(200, "ok");
   };
+  let listener: ReturnType<typeof listen> | undefined;
   const shutdown = once(async () => {
     await room?.close();
-    ended.abort();
+    ending.abort();
+    await withTimeout(GRACE, listener?.ended);
   });
   try {
-    const addr = listen({ port, hostname, ...tlsCert && { cert, key }, signal: ended.signal }, handler);
+    listener = listen({ port, hostname, ...tlsCert && { cert, key }, signal: ending.signal }, handler);
     await opening;
-    return { addr, shutdown, [Symbol.asyncDispose]: shutdown };
+    return { addr: listener.addr, shutdown, [Symbol.asyncDispose]: shutdown };
   } catch (error) {
     await withTimeout(GRACE, opening.catch(() => {}));
     await shutdown();
@@ -119,10 +121,8 @@ function pageServer(title: string): (request: Request) => Promise<Response> {
   }));
   const compressed = (method: "brotliCompress" | "gzip") =>
     once(async () => { // smaller by a tenth than what `CompressionStream` makes
-      const { [method]: compress } = await import("node:zlib"),
-        { promise, ...done } = Promise.withResolvers<BodyInit>();
-      compress(html, (error, bytes) => error ? done.reject(error) : done.resolve(new Uint8Array(bytes)));
-      return await promise;
+      const [zlib, { promisify }] = await Promise.all([import("node:zlib"), import("node:util")]);
+      return new Uint8Array(await promisify<string, Uint8Array>(zlib[method])(html));
     });
   const bodies = { br: compressed("brotliCompress"), gzip: compressed("gzip") };
   return async (request) => {
@@ -134,19 +134,20 @@ function pageServer(title: string): (request: Request) => Promise<Response> {
 }
 
 const RETRY = 50, REPORTED = 5; // ms before a retry; failures in a row before they are reported
-/** Listens, and listens again at the same address if accepting fails (out of file descriptors, say). Returns the address. */
-function listen(options: Deno.ServeTcpOptions & { signal: AbortSignal }, handler: Deno.ServeHandler): Deno.NetAddr {
+/** Listens, and listens again at the same address if accepting fails (out of file descriptors, say), until aborted. */
+function listen(options: Deno.ServeTcpOptions & { signal: AbortSignal }, handler: Deno.ServeHandler) {
   const onError = (error: unknown) => (report(error), respond(500, "Internal error"));
   const { addr, finished } = Deno.serve({ ...options, onError, onListen() {} }, handler);
-  const again = async () => {
-    let next: Deno.NetAddr | undefined;
+  const ended: Promise<void> = finished.catch(async (error) => {
+    stderr.print(`New connections cannot be accepted: ${error.message}`);
+    let next;
     while (!next && !options.signal.aborted) {
       await wait(RETRY);
       next = await Promise.try(listen, { ...options, ...addr as { port: number } }, handler).catch(() => undefined);
     }
-  };
-  finished.catch((error) => (stderr.print(`New connections cannot be accepted: ${error.message}`), again()));
-  return addr;
+    await next?.ended;
+  });
+  return { addr, ended };
 }
 
 // ──────────────────────────────────────────────────── The room ────────────────────────────────────────────────────
@@ -155,7 +156,7 @@ const TICK = 50; // ms between looks at what is new, here and in the database
 const DEADLINE = 10_000; // ms a client has to complete the handshake, and to give the password
 const EXCHANGE_EVERY = 20; // looks at the database: presence is exchanged once in so many
 const PAID_EVERY = 200; // looks at a remote database, whose reads are billed: one in so many is made, `watch` tells of the rest
-const GRACE = 450; // ms that a shutdown waits for each of the log, the clients, the database, and the terminal
+const GRACE = 380; // ms that a shutdown waits for each of the log, the clients, the database, the listener, and the terminal
 /** Everyone who is connected, and what they are sent. */
 class Room {
   readonly #clients = new Set<Client>();
@@ -163,14 +164,16 @@ class Room {
   readonly store: Store;
   readonly presence: Presence;
   readonly #requests: Requests;
-  readonly #debts = new Map<string, Bucket>(); // for messages, of addresses whose clients left before it was full again
+  readonly #debts = new Map<string, Bucket>(); // for messages, of addresses whose clients left
   readonly #emptied = Promise.withResolvers<void>(); // when the last client has gone, at the end
   #ticking?: ReturnType<typeof setInterval>;
+  #feeding = Promise.resolve(); // the pass under way
+  #nextPass?: Promise<void>; // the one that follows it
   hasNews = false; // there is something to announce
-  #isAnyoneBehind = false; // there are clients that have to read before they are given more
   #announcing?: Promise<void>;
   #looking?: Promise<void>;
   #looks = 0;
+  #lookedAt = performance.now(); // when a look last succeeded, in ms since the process began
   #watching?: Promise<void>;
   #isClosed = false;
   constructor(readonly kv: Deno.Kv, readonly settings: Settings) {
@@ -195,7 +198,8 @@ class Room {
   /** Adds a socket. Once it is open it gets every message, unless the room has a password. */
   add(socket: WebSocket, address: string | undefined): void {
     const client = new Client(this, socket, address), deadline = Math.min(DEADLINE, 1000 * this.settings.idleTimeout);
-    client.buckets.send_message = this.#debts.get(address ?? ""); // who comes back does not begin anew
+    const debt = this.#debts.get(address ?? ""); // who comes back does not begin anew
+    if (debt) client.buckets.send_message = new Bucket(debt.rate, debt.fullAt);
     this.#clients.add(client); // it counts from the handshake on
     client.timer = setTimeout(() => {
       if (socket.readyState === WebSocket.CONNECTING) this.#clients.delete(client); // a handshake that died has no event
@@ -209,9 +213,8 @@ class Room {
     socket.onclose = () => {
       client.close(1000, "");
       this.#clients.delete(client); // until then it counts: a peer that does not answer is not gone
-      const { send_message: bucket } = client.buckets;
-      if (address && bucket) this.#debts.set(address, bucket);
-      for (const [address, { fullAt }] of this.#debts) if (fullAt < performance.now()) this.#debts.delete(address);
+      const { send_message: debt } = client.buckets, { fullAt = 0 } = this.#debts.get(address ?? "") ?? {};
+      if (address && debt && debt.fullAt > fullAt) put(this.#debts, address, debt, isRefilled);
       if (this.#isClosed && this.#clients.size === 0) this.#emptied.resolve();
     };
   }
@@ -226,15 +229,19 @@ class Room {
     }
   }
 
+  /** Gives a client its share of what comes next in the log, and soon the next one if it took that. */
   feed(client: Client): number {
     const sent = client.feed();
-    this.#isAnyoneBehind ||= client.place < this.log.head;
+    if (sent > 0 && client.place < this.log.head) this.#feedAll();
     return sent;
   }
 
-  async #feedAll(): Promise<void> {
-    this.#isAnyoneBehind = false;
-    await this.#broadcast((client) => this.feed(client)).catch(report); // what is not sent now is sent the next time
+  /** Feeds every client, one pass after the other. Resolves when all were fed what is in the log now. */
+  #feedAll(): Promise<void> {
+    return this.#nextPass ??= this.#feeding.then(() => {
+      this.#nextPass = undefined;
+      return this.#feeding = this.#broadcast((client) => this.feed(client)).catch(report);
+    });
   }
 
   async #written(accepted: Message[]): Promise<void> {
@@ -248,9 +255,10 @@ class Room {
 
   /** Periodic work. The steps do not wait for each other: the database may hang, and a broadcast may take long. */
   #tick(): void {
-    if (this.#isAnyoneBehind) this.#feedAll();
+    this.#feedAll(); // who had too much waiting may have read
     if (this.hasNews) this.#announcing ??= this.#announce().catch(report).finally(() => this.#announcing = undefined);
-    this.#looking ??= this.#look().catch(() => {}).finally(() => this.#looking = undefined); // the store reports errors
+    this.#looking ??= this.#look().catch(() => {}).finally(() => this.#looking = undefined);
+    if (performance.now() - this.#lookedAt > HANGS) this.store.sync(); // it asks for itself, and reports what is wrong
   }
 
   async #announce(): Promise<void> {
@@ -268,15 +276,14 @@ class Room {
   /** Sees what other instances wrote, and lets them see who is here. */
   async #look(): Promise<void> {
     const { db } = this.settings, isPaid = db === undefined || typeof db === "string" && isUrl(db);
-    const looks = this.#looks++;
+    const isExchange = this.#looks++ % (isPaid ? PAID_EVERY : EXCHANGE_EVERY) === 0;
     const watch = async () => {
       for await (const [{ versionstamp }] of this.kv.watch([HEAD])) await this.store.sync(versionstamp);
     };
-    if (isPaid) this.#watching ??= watch().catch(() => {}).finally(() => this.#watching = undefined);
-    if (looks % (isPaid ? PAID_EVERY : EXCHANGE_EVERY) === 0) {
-      await this.presence.exchange().then(() => this.hasNews = true);
-    }
-    if (looks % (isPaid ? PAID_EVERY : 1) === 0) await this.store.sync((await this.kv.get(HEAD)).versionstamp);
+    if (isPaid && isExchange) this.#watching ??= watch().catch(() => {}).finally(() => this.#watching = undefined);
+    if (isExchange) await this.presence.exchange().then(() => this.hasNews = true);
+    if (isExchange || !isPaid) await this.store.sync((await this.kv.get(HEAD)).versionstamp);
+    this.#lookedAt = performance.now();
   }
 
   /** Writes what is pending, closes every socket with 1001, and closes the database unless that hangs. */
@@ -304,8 +311,7 @@ const STALL = 30_000; // ms without progress after which such a client is closed
 const BURST = 5000; // capacity of a bucket, in ms of refill
 /** A token bucket. Its only state is the time at which it is full again, in ms since the process began. */
 class Bucket {
-  fullAt = 0;
-  constructor(readonly rate: number) {} // tokens a second
+  constructor(readonly rate: number, public fullAt = 0) {} // tokens a second
 
   wait(price = 1): number {
     const now = performance.now();
@@ -320,6 +326,17 @@ class Bucket {
   }
 }
 
+const isRefilled = ({ fullAt }: Bucket) => fullAt < performance.now();
+/** Puts an entry last in a map, and deletes the entries that are over: they are among the first. */
+function put<T>(map: Map<string, T>, key: string, value: T, isOver: (value: T) => boolean): void {
+  map.delete(key);
+  map.set(key, value);
+  for (const [key, value] of map) {
+    if (!isOver(value)) break;
+    map.delete(key);
+  }
+}
+
 /** A connection: its socket, its place in the log, and what it may still ask for. */
 class Client {
   /** The number of the last message sent. Infinity while it may not read: without the password, or once closed. */
@@ -327,7 +344,7 @@ class Client {
   joined = false; // then a frame to it may hold several events, one a line
   username?: string; // that it joined with
   tag?: string; // derived from its key, shown with its messages
-  joining?: Promise<void>; // a join in progress; frames that arrive meanwhile wait for it
+  waiting?: (string | ArrayBuffer)[]; // during a join: the frames that arrived since
   needsRoster = false; // it has to be told who is here, not only what changed
   isClosed = false; // nothing is read from it or sent to it any more
   timer?: ReturnType<typeof setTimeout>; // closes it later
@@ -335,7 +352,6 @@ class Client {
   #unsent = 0; // upper bound of the bytes that wait to be sent
   #waiting = Infinity; // how many did when it was last found backed up
   #tookAt = 0; // when it last took some of them, in ms since the process began
-  #hasFailed = false;
   constructor(readonly room: Room, readonly socket: WebSocket, readonly address: string | undefined) {}
 
   admit(place: number): void {
@@ -347,12 +363,10 @@ class Client {
   feed(): number {
     const { log } = this.room;
     let sent = 0;
-    while (this.place < log.head && (this.joined || sent < MAX_COPIES) && !this.isBackedUp()) {
-      const batch = log.after(this.place);
+    while (this.place < log.head && sent < MAX_COPIES && !this.isBackedUp()) {
+      const batch = log.after(this.place), sendLine = (line: string) => this.send(line) && ++this.place;
       if (!batch) this.close(1013, "too slow: what comes next is no longer kept");
-      else if (
-        this.joined ? this.send(batch.text, batch.bytes) : batch.lines.every((line) => this.send(line) && ++this.place)
-      ) {
+      else if (this.joined ? this.send(batch.text, batch.bytes) : batch.lines.every(sendLine)) {
         this.place = Math.max(this.place, batch.last);
         sent += batch.bytes;
       } else break;
@@ -367,15 +381,13 @@ class Client {
     try {
       this.socket.send(frame);
     } catch (error) {
-      if (!this.#hasFailed) report(error);
-      this.#hasFailed = true;
+      this.fail(error);
       return false;
     }
     this.#unsent += bytes;
     // Feeding stops at MAX_UNSENT, answers do not. A client that keeps asking without reading is closed.
-    if (this.#unsent > 2 * MAX_UNSENT && this.isBackedUp() && this.#unsent > 2 * MAX_UNSENT) {
-      this.close(1013, "too slow");
-    }
+    const isOver = () => this.#unsent > 2 * MAX_UNSENT;
+    if (isOver() && this.isBackedUp() && isOver()) this.close(1013, "too slow");
     return true;
   }
 
@@ -388,6 +400,11 @@ class Client {
     this.#waiting = isFull ? this.#unsent : Infinity;
     if (isFull && now - this.#tookAt > STALL) this.close(1013, "too slow");
     return isFull;
+  }
+
+  fail(error: unknown): void {
+    report(error);
+    this.close(1011, "internal error");
   }
 
   /** Ends the connection, after `delay` ms. The client counts as gone at once: its peer may never answer. */
@@ -420,32 +437,26 @@ class Requests {
   receive(client: Client, frame: string | ArrayBuffer): void {
     if (client.isClosed) return;
     const size = typeof frame === "string" ? frame.length : frame.byteLength;
-    const isLarge = size > MAX_FRAME ||
-      3 * size > MAX_FRAME && isText(frame) && ENCODER.encode(frame).length > MAX_FRAME;
-    if (isLarge) return client.close(1009, `a frame may have ${MAX_FRAME} bytes`);
+    const isBig = size > MAX_FRAME || 3 * size > MAX_FRAME && isText(frame) && ENCODER.encode(frame).length > MAX_FRAME;
+    if (isBig) return client.close(1009, `a frame may have ${MAX_FRAME} bytes`);
     if (!this.#pay(client, "frame", undefined, 1 + size / 1024)) return;
     this.#do(client, frame);
   }
 
   #do(client: Client, frame: string | ArrayBuffer): void {
-    if (client.joining) return void client.joining.then(() => this.#do(client, frame));
+    if (client.waiting) return void client.waiting.push(frame);
     try {
       if (!client.isClosed) this.#dispatch(client, check(frame));
     } catch (error) {
-      this.#fail(client, error);
+      client.fail(error);
     }
-  }
-
-  #fail(client: Client, error: unknown): void {
-    report(error);
-    client.close(1011, "internal error");
   }
 
   #dispatch(client: Client, incoming: Incoming): void {
     if (incoming.event === "error") return this.#refuse(client, incoming);
     const { event } = incoming, id = event === "send_message" ? incoming.id : undefined;
     if (!this.#pay(client, event, id)) return;
-    if (event === "join") return this.#join(client, incoming);
+    if (event === "join") return void this.#join(client, incoming);
     if (client.place === Infinity) return this.#refuse(client, refusal("join with the password first", id));
     if (event === "send_message") return this.#accept(client, incoming);
     if (event === "ping") return void client.send('{"event":"pong"}');
@@ -490,9 +501,12 @@ class Requests {
     if (!store.append(message)) this.#refuse(client, refusal("the room cannot take more messages just now", id, 1000));
   }
 
-  #join(client: Client, join: Join): void {
+  async #join(client: Client, join: Join): Promise<void> {
+    const waiting: NonNullable<Client["waiting"]> = client.waiting = [];
     const joined = client.place < Infinity ? this.#admit(client, join) : this.#askPassword(client, join);
-    client.joining = joined.catch((error) => this.#fail(client, error)).finally(() => client.joining = undefined);
+    await joined.catch((error) => client.fail(error));
+    client.waiting = undefined;
+    for (const frame of waiting) this.#do(client, frame);
   }
 
   async #admit(client: Client, { username, since, time, key }: Join): Promise<void> {
@@ -521,8 +535,7 @@ class Requests {
     if (isRight) return await this.#admit(client, join);
     client.close(1008, "wrong password", PASSWORD_DELAY);
     guesses.spend();
-    if (address) this.#guesses.set(address, guesses);
-    for (const [address, bucket] of this.#guesses) if (bucket.fullAt < performance.now()) this.#guesses.delete(address);
+    if (address) put(this.#guesses, address, guesses, isRefilled);
   }
 }
 
@@ -575,14 +588,7 @@ class Log {
     this.head = batch.last;
     this.#lines.push(...batch.lines);
     this.#lines.splice(0, this.#lines.length - this.history);
-    for (const [i, id] of ids.entries()) {
-      if (id) this.ids.delete(id); // so that the map stays in order
-      if (id) this.ids.set(id, batch.first + i);
-    }
-    for (const [id, seq] of this.ids) {
-      if (seq >= this.oldest) break;
-      this.ids.delete(id);
-    }
+    for (const [i, id] of ids.entries()) if (id) put(this.ids, id, batch.first + i, (seq) => seq < this.oldest);
   }
 
   restart(head: number): void {
@@ -617,7 +623,7 @@ class Store {
   #queue: Message[] = [];
   #uncertain?: string; // the entry of a commit that threw, and may have been written all the same
   #isBehind = true; // another instance has written, or may have
-  #askedAt = 0; // when the database was last asked, in ms since the process began
+  #workedAt = 0; // when it last did what it had to, in ms since the process began
   #failures = 0; // in a row: two processes on one file may lock each other out for a moment
   #failure?: string = OPENING; // why messages cannot be written
   /** `written` is called when the log has grown, with the messages that were accepted here. */
@@ -631,14 +637,14 @@ class Store {
 
   get trouble(): string | undefined {
     if (this.isClosed || this.#failure) return this.#failure ?? "The server is going away";
-    return this.working && performance.now() - this.#askedAt > HANGS ? "The database is not responding" : undefined;
+    return this.working && performance.now() - this.#workedAt > HANGS ? "The database is not responding" : undefined;
   }
 
   append(message: Message): boolean {
     if (this.#queue.length >= MAX_QUEUE) return false;
     this.#queue.push(message);
     if (message.id) this.log.ids.set(message.id, Infinity);
-    this.#work();
+    this.working ??= this.#loop();
     return true;
   }
 
@@ -646,21 +652,17 @@ class Store {
   async sync(version?: string | null): Promise<void> {
     if (version === this.#version) return;
     this.#isBehind = true;
-    const working = this.#work();
+    const working = this.working ??= this.#loop();
     if (version === undefined) await working;
   }
 
-  #work(): Promise<void> {
-    return this.working ??= this.#loop();
-  }
-
   async #loop(): Promise<void> {
+    this.#workedAt = performance.now();
     while (!this.isClosed && (this.#isBehind || this.#queue.length > 0)) {
-      this.#askedAt = performance.now();
       try {
-        const isProof = !this.#isBehind || this.#queue.length === 0; // while a message waits, only a commit is
-        await (this.#isBehind ? this.#pull() : this.#commit());
-        if (!isProof) continue;
+        const isWritten = await (this.#isBehind ? this.#pull() : this.#commit());
+        if (!isWritten && this.#queue.length > 0) continue; // reading may work where writing does not
+        this.#workedAt = performance.now();
         if (this.#failures >= REPORTED) stderr.print("The database works again");
         this.#failures = 0;
         this.#failure = undefined;
@@ -674,7 +676,7 @@ class Store {
     this.working = undefined; // in the same turn as the last look at the queue
   }
 
-  async #commit(): Promise<void> {
+  async #commit(): Promise<boolean> {
     for (let turns = 0, before = -1; turns < MAX_TURNS && this.#queue.length > before; turns++) {
       before = this.#queue.length; // until a turn brings nothing more, so that what arrives now is written together
       await turn();
@@ -688,7 +690,7 @@ class Store {
     this.#uncertain = text; // if this throws, the same entry is tried again until the outcome is known
     const result = await commit.commit();
     this.#isBehind ||= !result.ok;
-    if (!result.ok) return;
+    if (!result.ok) return false;
     this.#uncertain = undefined;
     this.#version = result.versionstamp;
     this.#entries.splice(0, expired.length);
@@ -696,6 +698,7 @@ class Store {
     const accepted = this.#queue.splice(0, lines.length);
     this.log.add({ first, last, lines, text, bytes }, accepted.map(({ id }) => id));
     await this.written(accepted);
+    return true;
   }
 
   #nextEntry(time: number): string {
@@ -711,21 +714,22 @@ class Store {
   }
 
   async #pull(): Promise<void> {
+    this.#isBehind = false; // what is written from here on may be missed
     const { value, versionstamp } = await this.kv.get<{ layout: number; last: number }>(HEAD);
     const { layout, last } = value ?? { layout: LAYOUT, last: 0 };
-    if (layout !== LAYOUT || !isWhole(last)) {
-      throw new Error(`the database has layout ${layout}, and this program knows only ${LAYOUT}`);
+    if (layout !== LAYOUT || !isWhole(last)) throw new Error(`the database has layout ${layout}, not ${LAYOUT}`);
+    if (versionstamp === this.#version) return;
+    if (last < this.log.head) await this.#restart(0); // the room was emptied
+    await this.#read(last);
+    if (this.log.head < last) { // what is missing was deleted meanwhile, because so much was written
+      if ((await this.kv.get(HEAD)).versionstamp === versionstamp) throw unreadable([...LOG, this.log.head + 1]);
+      return void (this.#isBehind = true);
     }
-    if (versionstamp !== this.#version) {
-      if (last < this.log.head) await this.#restart(0); // the room was emptied
-      await this.#read(last);
-      this.#uncertain = undefined; // it was written on top of another head, or never will be
-      for (const message of this.#queue.splice(0)) {
-        if (!message.id || this.log.ids.get(message.id) === Infinity) this.append(message);
-      }
+    this.#uncertain = undefined; // it was written on top of another head, or never will be
+    for (const message of this.#queue.splice(0)) {
+      if (!message.id || this.log.ids.get(message.id) === Infinity) this.append(message);
     }
     this.#version = versionstamp;
-    this.#isBehind = false;
   }
 
   async #read(last: number): Promise<void> {
@@ -734,16 +738,15 @@ class Store {
       if (first <= this.log.head) throw unreadable(key);
       if (first > this.log.head + 1) await this.#restart(first - 1); // what was before it is deleted
       const accepted = text === this.#uncertain ? this.#queue.splice(0, lines.length) : [];
-      this.#entries.splice(0, this.#entries.length - 2 * this.log.history); // others deleted those
+      if (this.#version) this.#entries.splice(0, this.#entries.length - 2 * this.log.history); // others deleted those
       this.#entries.push(first);
       this.log.add({ first, last: first + lines.length - 1, lines, text, bytes: 3 * text.length }, ids);
       await this.written(accepted);
     }
-    if (this.log.head < last) throw unreadable([...LOG, this.log.head + 1]);
   }
 
   async #restart(head: number): Promise<void> {
-    if (head === 0) this.#entries = [];
+    this.#entries = [];
     this.log.restart(head);
     await this.written([]);
   }
@@ -809,9 +812,8 @@ class Presence {
     const joined = [...users.difference(told.users)], left = [...told.users.difference(users)];
     const roster = JSON.stringify({ event: "presence", online, users: fitting(users) });
     const changes = JSON.stringify({ event: "presence", online, joined, left });
-    const typing = [...this.typing].slice(0, MAX_TYPING).map((username) =>
-      JSON.stringify({ event: "typing", username })
-    );
+    const line = (username: string) => JSON.stringify({ event: "typing", username });
+    const typing = [...this.typing].slice(0, MAX_TYPING).map(line);
     this.typing.clear();
     const isNew = joined.length > 0 || left.length > 0 || online !== told.online;
     const news = isNew ? [changes.length > Math.max(roster.length, TRIVIAL) ? roster : changes] : [];
@@ -824,7 +826,7 @@ class Presence {
     for await (const { key, value, versionstamp: version } of this.kv.list<Roster>({ prefix: ROSTERS })) {
       if (!isWhole(value?.online) || !Array.isArray(value.users) || !value.users.every(isText)) continue;
       const id = String(key.at(-1)), known = this.#others.get(id), at = known?.version === version ? known.at : now;
-      if (now - at > PRESUMED_DEAD) await this.kv.delete(key);
+      if (now - at > PRESUMED_DEAD) await this.kv.atomic().check({ key, versionstamp: version }).delete(key).commit();
       else if (id !== this.#id) others.set(id, { ...value, version, at });
     }
     this.#others = others;
@@ -1061,9 +1063,7 @@ function urls(addr: Deno.Addr, scheme: string): string[] {
 function printAddresses(addr: Deno.Addr, { db = "the app's KV database", title, password, tlsCert }: Settings): void {
   stdout.print(`${title} is open: ${urls(addr, tlsCert ? "https" : "http").join("  ")} (messages in ${db})`);
   const isLocal = !("hostname" in addr) || /^(127\.|::1$|localhost$)/.test(addr.hostname);
-  if (!isLocal && !password) {
-    stdout.print("Anyone who can reach this address can read and write, unless you set CHAT_PASSWORD.");
-  }
+  if (!isLocal && !password) stdout.print("Everyone who reaches it may read and write, unless you set CHAT_PASSWORD.");
 }
 
 function commandFor({ db, tlsCert, tlsKey }: Settings, denied: string): string {
@@ -1093,7 +1093,7 @@ if (import.meta.main) {
     const { message } = error as Error, [, denied] = message.match(/^Requires (?:read|write) access to "(.*)"/) ?? [];
     const isTaken = error instanceof Deno.errors.AddrInUse, advice = settings && denied && commandFor(settings, denied);
     const reason = advice ? `${message.split(",")[0]}. Run: ${advice}` : message;
-    stderr.print(`The chat cannot start: ${isTaken ? "the port is taken, set PORT to another" : reason}`);
+    stderr.print(`The chat cannot start: ${isTaken ? "the address is taken, set PORT to another" : reason}`);
     await withTimeout(GRACE, stderr.writing);
     Deno.exit(1);
   }

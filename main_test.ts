@@ -732,13 +732,13 @@ test("everyone who joined is told who comes, goes and types", async () => {
   grace.send({ event: "typing" });
   assertEvent(await ada.next(is("typing")), { event: "typing", username: "Lin" });
   assertEvent(await grace.ask({ event: "ping" }, is("pong")), { event: "pong" });
-  // Of two who type, one has sent her message before that is told.
-  const before = ada.events.length;
+  // Of two who type, one sends her message: after it she is not said to type.
   grace.send({ event: "typing" });
   grace.send({ username: "Lin", message: "done" });
   ada.send({ event: "typing" });
-  assertEquals((await ada.next(is("typing"))).username, "Ada");
-  assertEquals(ada.events.slice(before).filter(is("typing")).length, 1);
+  await ada.has(({ event, username }) => event === "typing" && username === "Ada");
+  const done = ada.events.findIndex(({ message }) => message === "done");
+  assertEquals(ada.events.slice(done).filter(({ event, username }) => event === "typing" && username === "Lin"), []);
   await told({ online: 1, left: ["Lin"] }, () => grace[Symbol.asyncDispose]());
 });
 
@@ -894,11 +894,15 @@ test("where the platform says so, the chat is served on a Unix socket", async ()
 test("/healthz tells whether messages can be written", async () => {
   using kv = await Deno.openKv(":memory:");
   const read = Promise.withResolvers<void>(), port = freePort();
-  let fails = false;
-  const db = unreliable(kv, async (call) => {
+  let fails = false, lies = 0;
+  const hangs: Promise<never>[] = [];
+  const db = unreliable(kv, async (call, name) => {
     await read.promise;
+    if (name === "get") await hangs[0];
     if (fails) throw new Error("disk I/O error");
-    return await call();
+    const result = await call();
+    if (name === "commit" && --lies === 0) throw new Error("connection lost");
+    return result;
   });
   const health = async () => {
     const response = await fetch(`http://127.0.0.1:${port}/healthz`);
@@ -917,6 +921,21 @@ test("/healthz tells whether messages can be written", async () => {
   fails = false;
   await ada.has(is("receive_message"));
   await until(async () => await health() === "200 ok\n");
+  // A write is done but reported as failed, and nothing else is written.
+  lies = 1;
+  await ada.say("the last");
+  await until(async () => await health() === "200 ok\n");
+  // Nobody writes, and reading fails, or is not answered.
+  const now = performance.now.bind(performance);
+  let passed = 0; // ms
+  using _clock = patch(performance, "now", () => now() + passed);
+  const fallsIll = () => until(async () => (passed += 500) && /^503 .+\n$/.test(await health()));
+  fails = true;
+  await fallsIll();
+  fails = false;
+  await until(async () => await health() === "200 ok\n");
+  hangs.push(new Promise(() => {}));
+  await fallsIll();
 });
 
 test("a log that nobody can write or read does not concern the room", { ignore: NO_SHELL }, async () => {
@@ -1189,6 +1208,16 @@ test("a shutdown does not wait for a database that hangs, nor for a peer that do
   assertEquals((await ada.ended()).code, 1001);
 });
 
+test("the port is free once a shutdown has ended, whoever is connected", async () => {
+  const port = freePort();
+  for (const lines of [[], ["GET / HTTP/1.1"], HANDSHAKE, ["GET / HTTP/1.1", "Host: chat.test"]]) {
+    const chat = await start({ port });
+    using raw = await Raw.connect(port, ...lines);
+    if (lines.length > 1) await raw.status();
+    await chat.shutdown();
+  }
+});
+
 test("the program ends within two seconds while another process holds the database", async () => {
   await using file = await temporary();
   await using program = await Program.start({ CHAT_DB: file.db });
@@ -1227,6 +1256,50 @@ test("a log that cannot be read stops the start with a line that names the key, 
     assertMatch(program.output, line);
     assertEquals(await content(), before);
   }));
+});
+
+test("what is no longer kept is deleted, also what an earlier start had kept", async () => {
+  await using file = await temporary();
+  for (const history of [100, 5]) {
+    await using chat = await start({ ...file, history });
+    await using ada = await Client.open(chat);
+    for (const text of numbered(40)) await ada.say(text);
+  }
+  using kv = await Deno.openKv(file.db);
+  const entries = await Array.fromAsync(kv.list({ prefix: ["chat", "log"] }));
+  assert(entries.length <= 6, `${entries.length} entries`);
+  await using chat = await start({ ...file, history: 5 });
+  assertEquals(texts(await everything(chat)).slice(-5), numbered(40).slice(-5));
+});
+
+/** A database that keeps back what it answers when asked for the head: from the answer on that is so many changes on. */
+function slowHead(kv: Deno.Kv, changes: number): { db: Deno.Kv; asked: () => Promise<boolean>; answer: () => void } {
+  const { promise, resolve } = Promise.withResolvers<void>(), first = kv.get(["chat", "head"]);
+  let isHeld = false;
+  const db = unreliable(kv, async (call, name) => {
+    const result = await call();
+    if (name !== "get") return result;
+    const { versionstamp } = result as Deno.KvEntryMaybe<unknown>;
+    if (versionstamp !== (await first).versionstamp) changes--;
+    if (changes < 0) await (isHeld = true, promise);
+    return result;
+  });
+  return { db, asked: () => until(() => isHeld), answer: resolve };
+}
+
+test("a start is not disturbed by what others write, and so delete, meanwhile", async () => {
+  using kv = await Deno.openKv(":memory:");
+  await using other = await start({ db: kv, history: 1 });
+  await using ada = await Client.open(other);
+  await ada.say("1");
+  const { db, asked, answer } = slowHead(kv, -1); // the very first answer
+  const starting = start({ db, history: 1 });
+  starting.catch(() => {});
+  await asked();
+  for (const text of ["2", "3", "4"]) await ada.say(text);
+  answer();
+  await using chat = await starting;
+  assertEquals(texts(await everything(chat)), ["4"]);
 });
 
 test("the room leaves other keys of its database alone", async () => {
@@ -1277,6 +1350,31 @@ test("a reader that pauses is given no more than it takes, and then goes on wher
   assertMatch(`${await lazy.next()}`, /"seq":5001,/);
 });
 
+test("readers that catch up take turns", async () => {
+  await using chat = await start();
+  await using ada = await Client.open(chat, { username: "Ada" });
+  for (let i = 0; i < 6; i++) await ada.say(...numbered(500, "x".repeat(1900)));
+  const send = WebSocket.prototype.send, turns: { to: WebSocket; bytes: number }[] = [];
+  using _watched = patch(WebSocket.prototype, "send", function (this: WebSocket, frame) {
+    if (`${frame}`.includes('"receive_message"')) {
+      if (turns.at(-1)?.to !== this) turns.push({ to: this, bytes: 0 });
+      turns.at(-1)!.bytes += `${frame}`.length;
+    }
+    return send.call(this, frame);
+  });
+  await Promise.all(
+    count(1, 3).map(async () => {
+      using raw = await Raw.open(chat.addr.port);
+      await raw.frame({ event: "join", since: 0 });
+      let frame;
+      while (typeof (frame = await raw.next()) === "string" && !frame.includes('"seq":3000,'));
+      assert(frame);
+    }),
+  );
+  const longest = Math.max(...turns.map(({ bytes }) => bytes));
+  assert(longest < 512 * 1024, `${longest} bytes in a row`);
+});
+
 test("a reader that takes nothing for 30 seconds is closed, and finds everything when it joins again", async () => {
   await using chat = await start();
   const [lazy, talking] = await outpace(chat);
@@ -1318,6 +1416,26 @@ test("a mistake while sending is told once, and nobody misses anything for it", 
   for (const reader of readers) await reader.has(4);
   assertMatch(broken.said.join(""), /^[^]*broken on purpose(?![^]*broken)[^]*\n\s+at .*main\.ts/);
   for (const reader of readers) assertEquals(seqs(await reader.stop()), count(1, 4));
+});
+
+test("what one connection sends keeps its order, also around its joins", async () => {
+  await using chat = await start();
+  await using reader = await Client.open(chat);
+  const raws = await Promise.all(count(1, 20).map(() => Raw.open(chat.addr.port)));
+  const [masked, nothing] = [0x80, 0];
+  const frame = (event: object) => {
+    const body = encoder.encode(JSON.stringify(event));
+    return [0x81, masked | body.length, nothing, nothing, nothing, nothing, ...body];
+  };
+  const lines = raws.map((_, i) => numbered(40, `${i}`));
+  await Promise.all(raws.map((raw, i) => {
+    const said = lines[i].map((message) => frame({ username: `${i}`, message }));
+    for (const at of [30, 20, 10, 0]) said.splice(at, 0, frame({ event: "join", key: "k".repeat(20), since: 1e6 }));
+    return raw.bytes(new Uint8Array(said.flat()));
+  }));
+  await reader.until(() => reader.events.length === 800);
+  for (const said of lines) assertEquals(texts(reader.events).filter((text) => said.includes(text)), said);
+  for (const raw of raws) raw[Symbol.dispose]();
 });
 
 test("a mistake in the news is told once, and news go on after it", async () => {
@@ -1406,6 +1524,24 @@ test("a page that moves to another instance keeps its place", async () => {
   assertEquals(moved.messages(), []);
 });
 
+test("what is written while an instance reads is read next", async () => {
+  using kv = await Deno.openKv(":memory:");
+  await using other = await start({ db: kv });
+  await using ada = await Client.open(other);
+  await ada.say("1");
+  const { db, asked, answer } = slowHead(kv, 1); // one answer shows that there is something to read
+  await using chat = await start({ db });
+  await using plain = await Client.open(chat);
+  await ada.say("2");
+  await asked();
+  const { seq, time } = await ada.say("3");
+  await using moved = await Client.open(chat);
+  const joined = moved.ask({ event: "join", since: seq, time }, is("joined"));
+  await plain.ask("no frame", is("error")); // the join has come by now
+  answer();
+  assertEvent(await joined, { event: "joined", seq: 3, oldest: 1, resumed: true });
+});
+
 test("an instance that others outrun goes on, and what is said there gets in", async () => {
   await using file = await temporary();
   await using one = await start({ ...file, history: 5 });
@@ -1457,6 +1593,26 @@ test("an instance is here while it gives signs of life, whatever the clocks say"
 });
 
 // ───────────────────────────────────────────── On the open internet ─────────────────────────────────────────────
+
+test("an instance that gives a sign of life at the last moment stays", async () => {
+  using kv = await Deno.openKv(":memory:");
+  const key = ["chat", "here", "other"];
+  const deleting = Promise.withResolvers<void>();
+  const db = unreliable(kv, async (call, name) => {
+    if (name === "commit") {
+      await kv.set(key, { online: 2, users: ["Lin"] });
+      deleting.resolve();
+    }
+    return await call();
+  });
+  await kv.set(key, { online: 1, users: ["Lin"] });
+  await using chat = await start({ db });
+  await using ada = await Client.open(chat, { username: "Ada" });
+  await ada.until(() => ada.events.findLast(is("presence"))?.online === 2);
+  using _later = later(40_000);
+  await Promise.race([deleting.promise, until(async () => (await kv.get(key)).value === null)]);
+  await ada.until(() => ada.events.findLast(is("presence"))?.online === 3);
+});
 
 test("a handshake from another site is refused before the upgrade", async () => {
   await using file = await temporary();
@@ -1668,6 +1824,31 @@ test("who reconnects finds the limit for messages as it was left", async () => {
     const refused = answers().filter(({ error }) => error).length;
     assert(refused >= 12 - accepted - 1, `${refused} of 12 were refused`);
   }
+});
+
+test("nobody gets rid of a limit through another connection, and nobody spends for another", async () => {
+  await using chat = await start({ rateLimit: 2 });
+  const idle = await Client.open(chat);
+  const flood = async () => {
+    await using ada = await Client.open(chat);
+    const ids = count(1, 12).map(() => crypto.randomUUID());
+    for (const id of ids) ada.send({ username: "Ada", message: "flood", id });
+    await ada.until(() => ids.every((id) => ada.events.some((event) => event.id === id)));
+    return ada.events.filter(is("error")).length;
+  };
+  await idle.say("once");
+  assert(await flood() <= 3);
+  await using neighbour = await Client.open(chat); // its limit is what is left, and from then on its own
+  await idle[Symbol.asyncDispose]();
+  await using _bystander = await Client.open(chat);
+  assert(await flood() >= 9);
+  const wait = async (): Promise<number> => {
+    const { retry_after } = await neighbour.ask({ username: "Lin", message: "Hi" }, ({ event }) => event === "error");
+    return retry_after;
+  };
+  const first = await wait();
+  await flood();
+  assert(await wait() <= first + 100);
 });
 
 test("a peer that does not answer pings is closed and counted once, and one that does stays", async () => {
