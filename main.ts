@@ -1066,13 +1066,12 @@ function printAddresses(addr: Deno.Addr, { db = "the app's KV database", title, 
   if (!isLocal && !password) stdout.print("Everyone who reaches it may read and write, unless you set CHAT_PASSWORD.");
 }
 
+/** The start task with permission for the files that the settings name, and for the one that was denied. */
 function commandFor({ db, tlsCert, tlsKey }: Settings, denied: string): string {
-  const file = typeof db === "string" && db !== ":memory:" && !isUrl(db) ? db : undefined;
-  const files = [["CHAT_DB", file], ["CHAT_TLS_CERT", tlsCert], ["CHAT_TLS_KEY", tlsKey]].filter(([, path]) => path);
-  const read = new Set([...files.map(([, path]) => path), denied]);
+  const file = typeof db === "string" && db !== ":memory:" && !isUrl(db) ? db : denied;
+  const read = new Set([file, tlsCert, tlsKey, denied].filter(Boolean));
   const write = [...read].filter((path) => path !== tlsCert && path !== tlsKey);
-  const variables = files.map((setting) => setting.join("=")).join(" ");
-  return `${variables} FLAGS="--allow-read=${[...read]} --allow-write=${write}" deno task start`.trim();
+  return `FLAGS="--allow-read=${[...read]} --allow-write=${write}" deno task start`;
 }
 
 if (import.meta.main) {
@@ -1092,7 +1091,7 @@ if (import.meta.main) {
   } catch (error) {
     const { message } = error as Error, [, denied] = message.match(/^Requires (?:read|write) access to "(.*)"/) ?? [];
     const isTaken = error instanceof Deno.errors.AddrInUse, advice = settings && denied && commandFor(settings, denied);
-    const reason = advice ? `${message.split(",")[0]}. Run: ${advice}` : message;
+    const reason = advice ? `${message.split(",")[0]}. Keep the settings, and run ${advice}` : message;
     stderr.print(`The chat cannot start: ${isTaken ? "the address is taken, set PORT to another" : reason}`);
     await withTimeout(GRACE, stderr.writing);
     Deno.exit(1);
