@@ -46,12 +46,14 @@ export async function startChat(options: ChatOptions = {}): Promise<Chat> {
   const handler = async (request: Request, { remoteAddr }: Deno.ServeHandlerInfo) => {
     if (!URL.canParse(request.url)) return respond(400, "Bad request");
     const { pathname } = new URL(request.url), isSocket = /^websocket$/i.test(request.headers.get("upgrade") ?? "");
-    if (isSocket) return upgrade(request, remoteAddr, await opening);
+    const forwarded = settings.trustProxy && request.headers.get("x-forwarded-for")?.split(",").at(-1)?.trim();
+    const address = forwarded || ("hostname" in remoteAddr ? remoteAddr.hostname : undefined); // none on a Unix socket
+    if (isSocket) return upgrade(request, address, await opening);
     if (pathname !== "/" && pathname !== "/healthz") return respond(404, "Not found");
     if (!/^(GET|HEAD)$/.test(request.method)) return respond(405, "Method not allowed", { allow: "GET, HEAD" });
     if (pathname === "/") return await servePage(request);
     const trouble = room ? room.store.trouble : OPENING;
-    return trouble ? respond(503, trouble) : respond(200, "ok");
+    return trouble ? respond(503, trouble) : respond(200, room?.isFull(address) ? "full" : "ok");
   };
   let listener: ReturnType<typeof listen> | undefined;
   const shutdown = once(async () => {
@@ -73,9 +75,7 @@ export async function startChat(options: ChatOptions = {}): Promise<Chat> {
 const OPENING = "The room is opening";
 const respond = (status: number, body: string, headers?: HeadersInit) => new Response(`${body}\n`, { status, headers });
 
-function upgrade(request: Request, remoteAddr: Deno.Addr, room: Room): Response {
-  const forwarded = room.settings.trustProxy && request.headers.get("x-forwarded-for")?.split(",").at(-1)?.trim();
-  const address = forwarded || ("hostname" in remoteAddr ? remoteAddr.hostname : undefined); // none on a Unix socket
+function upgrade(request: Request, address: string | undefined, room: Room): Response {
   if (!isAllowed(request, room.settings)) return respond(403, "This page may not connect");
   if (room.isFull(address)) return respond(503, "The room is full", { "retry-after": "30" });
   let upgraded: Deno.WebSocketUpgrade;

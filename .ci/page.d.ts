@@ -26,7 +26,6 @@ type Handlers = { [Kind in Incoming["event"]]?: (event: Extract<Incoming, { even
 
 /** The elements of the page by their ids. */
 interface Elements {
-  icon: HTMLLinkElement;
   name: HTMLInputElement;
   password: HTMLInputElement;
   message: HTMLTextAreaElement;
@@ -41,8 +40,8 @@ interface Elements {
   log: HTMLElement;
   top: HTMLElement;
   empty: HTMLElement;
-  shape: HTMLElement;
   address: HTMLElement;
+  share: HTMLElement;
   invite: HTMLElement;
   down: HTMLElement;
   strip: HTMLElement;
