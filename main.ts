@@ -2,9 +2,8 @@
  * A chat room: whoever has the page open sees each message at once.
  *
  * {@linkcode startChat} is the server. `Deno.serve` returns the page or upgrades the request to a WebSocket; the
- * {@linkcode Room} keeps the clients in a `Set` and broadcasts each message to them. A message is written to the database
- * before anyone sees it, and each client has a place in the {@linkcode Log}: it is sent the messages after that place, as
- * fast as it reads. So no message that was seen is lost, everyone sees the same order, and a reader resumes where it was.
+ * {@linkcode Room} keeps the clients in a `Set` and broadcasts each message to them. A message is in the database before
+ * anyone sees it, and each client has a place in the {@linkcode Log}, after which it is sent everything in one order.
  *
  * @module
  */
@@ -37,8 +36,8 @@ export async function startChat(options: ChatOptions = {}): Promise<Chat> {
   const settings = resolveSettings(options), { port, hostname, db, tlsCert, tlsKey } = settings;
   const [cert, key] = await Promise.all([tlsCert, tlsKey].map((path) => path && Deno.readTextFile(path)));
   const servePage = pageServer(settings.title), ending = new AbortController();
-  let room: Room | undefined; // until the log is read, the page is served and sockets wait
-  const opening = (async () => {
+  let room: Room | undefined, listener: ReturnType<typeof listen> | undefined;
+  const opening = (async () => { // until the log is read, the page is served and sockets wait
     room = new Room(typeof db === "object" ? db : await Deno.openKv(db), settings);
     await room.open();
     return room;
@@ -55,7 +54,6 @@ export async function startChat(options: ChatOptions = {}): Promise<Chat> {
     const trouble = room ? room.store.trouble : OPENING;
     return trouble ? respond(503, trouble) : respond(200, room?.isFull(address) ? "full" : "ok");
   };
-  let listener: ReturnType<typeof listen> | undefined;
   const shutdown = once(async () => {
     await room?.close();
     ending.abort();
@@ -141,8 +139,9 @@ function listen(options: Deno.ServeTcpOptions & { signal: AbortSignal }, handler
   const ended: Promise<void> = finished.catch(async (error) => {
     stderr.print(`New connections cannot be accepted: ${error.message}`);
     let next;
-    while (!next && !options.signal.aborted) {
+    while (!next) {
       await wait(RETRY);
+      if (options.signal.aborted) return;
       next = await Promise.try(listen, { ...options, ...addr as { port: number } }, handler).catch(() => undefined);
     }
     await next?.ended;
@@ -167,13 +166,12 @@ class Room {
   readonly #debts = new Map<string, Bucket>(); // for messages, of addresses whose clients left
   readonly #emptied = Promise.withResolvers<void>(); // when the last client has gone, at the end
   #ticking?: ReturnType<typeof setInterval>;
-  #feeding = Promise.resolve(); // the pass under way
-  #nextPass?: Promise<void>; // the one that follows it
+  #catchingUp?: Promise<void>;
   hasNews = false; // there is something to announce
   #announcing?: Promise<void>;
   #looking?: Promise<void>;
   #looks = 0;
-  #lookedAt = performance.now(); // when a look last succeeded, in ms since the process began
+  #lookAgain = performance.now(); // when the next look is due, in ms since the process began
   #watching?: Promise<void>;
   #isClosed = false;
   constructor(readonly kv: Deno.Kv, readonly settings: Settings) {
@@ -186,7 +184,7 @@ class Room {
   /** Reads the log, and keeps up with it from then on. Throws what the database throws. */
   async open(): Promise<void> {
     await this.store.open();
-    this.#ticking = setInterval(() => this.#tick(), TICK);
+    if (!this.#isClosed) this.#ticking = setInterval(() => this.#tick(), TICK);
   }
 
   isFull(address: string | undefined): boolean {
@@ -203,11 +201,11 @@ class Room {
     this.#clients.add(client); // it counts from the handshake on
     client.timer = setTimeout(() => {
       if (socket.readyState === WebSocket.CONNECTING) this.#clients.delete(client); // a handshake that died has no event
-      client.close(1008, "no password in time");
+      if (client.place === Infinity) client.close(1008, "no password in time");
     }, deadline);
     socket.onopen = () => {
       if (this.#isClosed) return client.close(1001, "the server is going away");
-      if (!this.settings.password) client.admit(this.log.head);
+      if (!this.settings.password) client.place = this.log.head;
     };
     socket.onmessage = ({ data }) => this.#requests.receive(client, data);
     socket.onclose = () => {
@@ -229,18 +227,16 @@ class Room {
     }
   }
 
-  /** Gives a client its share of what comes next in the log, and soon the next one if it took that. */
-  feed(client: Client): number {
-    const sent = client.feed();
-    if (sent > 0 && client.place < this.log.head) this.#feedAll();
-    return sent;
-  }
-
-  /** Feeds every client, one pass after the other. Resolves when all were fed what is in the log now. */
-  #feedAll(): Promise<void> {
-    return this.#nextPass ??= this.#feeding.then(() => {
-      this.#nextPass = undefined;
-      return this.#feeding = this.#broadcast((client) => this.feed(client)).catch(report);
+  /** Feeds those who are behind, a share in each pass, as long as they take more. Nobody else waits for that. */
+  catchUp(): void {
+    let isMore = false;
+    this.#catchingUp ??= this.#broadcast((client) => {
+      const sent = client.feed();
+      isMore ||= sent > 0 && client.place < this.log.head;
+      return sent;
+    }).catch(report).finally(() => {
+      this.#catchingUp = undefined;
+      if (isMore) this.catchUp();
     });
   }
 
@@ -250,15 +246,16 @@ class Room {
       const one = `${first} from ${JSON.stringify(username)}, ${message.length} characters`;
       stdout.print(`Message received: ${accepted.length > 1 ? `${accepted.length} at once, from ${first} on` : one}`);
     }
-    await this.#feedAll();
+    const { first = 0 } = this.log.newest ?? {}; // those who are behind do not hold up the rest
+    await this.#broadcast((client) => client.place >= first - 1 ? client.feed() : 0).catch(report);
   }
 
   /** Periodic work. The steps do not wait for each other: the database may hang, and a broadcast may take long. */
   #tick(): void {
-    this.#feedAll(); // who had too much waiting may have read
+    this.catchUp();
     if (this.hasNews) this.#announcing ??= this.#announce().catch(report).finally(() => this.#announcing = undefined);
     this.#looking ??= this.#look().catch(() => {}).finally(() => this.#looking = undefined);
-    if (performance.now() - this.#lookedAt > HANGS) this.store.sync(); // it asks for itself, and reports what is wrong
+    if (performance.now() - this.#lookAgain > HANGS) this.store.sync(); // it asks for itself, and reports what is wrong
   }
 
   async #announce(): Promise<void> {
@@ -280,10 +277,11 @@ class Room {
     const watch = async () => {
       for await (const [{ versionstamp }] of this.kv.watch([HEAD])) await this.store.sync(versionstamp);
     };
-    if (isPaid && isExchange) this.#watching ??= watch().catch(() => {}).finally(() => this.#watching = undefined);
+    if (isPaid && !isExchange) return;
+    if (isPaid) this.#watching ??= watch().catch(() => {}).finally(() => this.#watching = undefined);
+    await this.store.sync((await this.kv.get(HEAD)).versionstamp);
     if (isExchange) await this.presence.exchange().then(() => this.hasNews = true);
-    if (isExchange || !isPaid) await this.store.sync((await this.kv.get(HEAD)).versionstamp);
-    this.#lookedAt = performance.now();
+    this.#lookAgain = performance.now() + (isPaid ? PAID_EVERY * TICK : 0);
   }
 
   /** Writes what is pending, closes every socket with 1001, and closes the database unless that hangs. */
@@ -306,7 +304,7 @@ class Room {
 }
 
 // ──────────────────────────────────────────────────── A client ────────────────────────────────────────────────────
-const MAX_UNSENT = 1024 * 1024; // bytes waiting for a client, from which on it is given nothing more
+const MAX_UNSENT = 1024 * 1024, FRAME_COST = 1024; // bytes waiting for a client until it is fed no more; besides its text
 const STALL = 30_000; // ms without progress after which such a client is closed
 const BURST = 5000; // capacity of a bucket, in ms of refill
 /** A token bucket. Its only state is the time at which it is full again, in ms since the process began. */
@@ -347,17 +345,15 @@ class Client {
   waiting?: (string | ArrayBuffer)[]; // during a join: the frames that arrived since
   needsRoster = false; // it has to be told who is here, not only what changed
   isClosed = false; // nothing is read from it or sent to it any more
+  round = 0; // of its last message in the queue
   timer?: ReturnType<typeof setTimeout>; // closes it later
   readonly buckets: Partial<Record<Limit, Bucket>> = {}; // what it may still ask for
-  #unsent = 0; // upper bound of the bytes that wait to be sent
+  #unsent = 0; // upper bound of the bytes that wait to be sent, and of what their frames cost
+  #sent = 1; // bytes, at most
+  #frames = 0; // that they were in
   #waiting = Infinity; // how many did when it was last found backed up
   #tookAt = 0; // when it last took some of them, in ms since the process began
   constructor(readonly room: Room, readonly socket: WebSocket, readonly address: string | undefined) {}
-
-  admit(place: number): void {
-    clearTimeout(this.timer);
-    this.place = place;
-  }
 
   /** Sends the messages after its place, as long as it reads. Returns an upper bound of the bytes sent. */
   feed(): number {
@@ -384,7 +380,9 @@ class Client {
       this.fail(error);
       return false;
     }
-    this.#unsent += bytes;
+    this.#sent += bytes;
+    this.#frames++;
+    this.#unsent += bytes + FRAME_COST;
     // Feeding stops at MAX_UNSENT, answers do not. A client that keeps asking without reading is closed.
     const isOver = () => this.#unsent > 2 * MAX_UNSENT;
     if (isOver() && this.isBackedUp() && isOver()) this.close(1013, "too slow");
@@ -394,7 +392,7 @@ class Client {
   /** Reports whether too much waits to be sent. Closes the client if that has not shrunk for STALL ms. */
   isBackedUp(): boolean {
     if (this.#unsent <= MAX_UNSENT) return false; // the socket is asked no more often: that costs
-    this.#unsent = this.socket.bufferedAmount;
+    this.#unsent = this.socket.bufferedAmount * (1 + FRAME_COST * this.#frames / this.#sent);
     const isFull = this.#unsent > MAX_UNSENT, now = performance.now();
     if (isFull && this.#unsent < this.#waiting) this.#tookAt = now;
     this.#waiting = isFull ? this.#unsent : Infinity;
@@ -498,7 +496,8 @@ class Requests {
     if (known !== undefined) return void client.send(log.line(known));
     if (client.tag) message.body = `${message.body.slice(0, -1)},"tag":"${client.tag}"}`;
     if (this.room.presence.typing.size > 0) this.room.presence.typing.delete(username);
-    if (!store.append(message)) this.#refuse(client, refusal("the room cannot take more messages just now", id, 1000));
+    const excess = store.append(message, client), error = "the room cannot take more messages just now";
+    if (excess) this.#refuse(excess.sender, refusal(error, excess.id, 1000));
   }
 
   async #join(client: Client, join: Join): Promise<void> {
@@ -518,11 +517,11 @@ class Requests {
     const resumed = isKnown && since >= oldest - 1;
     if (client.joined) presence.count(client.username, -1);
     presence.count(username, 1);
-    client.admit(Math.max(isKnown ? since : head - PAGE, oldest - 1));
+    client.place = Math.max(isKnown ? since : head - PAGE, oldest - 1);
     client.username = username;
     client.joined = client.needsRoster = true;
     client.send(JSON.stringify({ event: "joined", seq: head, oldest, resumed, username, tag: client.tag }));
-    this.room.feed(client);
+    if (client.feed() > 0 && client.place < log.head) this.room.catchUp();
     this.room.hasNews = true;
   }
 
@@ -548,7 +547,7 @@ class Log {
   head = 0; // the number of the newest message
   readonly ids = new Map<string, number>(); // the message that an id names: Infinity while it is not written
   #lines: string[] = [];
-  #newest?: Batch; // what nearly every client is sent next
+  newest?: Batch; // what nearly every client is sent next
   constructor(readonly history: number) {}
 
   get oldest(): number {
@@ -561,7 +560,7 @@ class Log {
 
   after(seq: number): Batch | undefined {
     const first = seq + 1, start = first - this.oldest;
-    if (this.#newest?.first === first) return this.#newest;
+    if (this.newest?.first === first) return this.newest;
     if (start < 0) return undefined;
     let end = start, units = 0;
     do units += this.#lines[end++].length + 1; while (end < this.#lines.length && units < MAX_BATCH);
@@ -579,12 +578,12 @@ class Log {
   /** Reports whether this log has message `seq` with this time, or may have deleted it. */
   has(seq: number, time?: number): boolean {
     if (seq > this.head || seq === 0 || time === undefined) return seq <= this.head;
-    const known = JSON.parse(this.line(Math.max(seq, this.oldest))).time;
+    const line = this.line(Math.max(seq, this.oldest)), known = line ? JSON.parse(line).time : Infinity;
     return seq < this.oldest ? time <= known : time === known;
   }
 
   add(batch: Batch, ids: (string | undefined)[]): void {
-    this.#newest = batch;
+    this.newest = batch;
     this.head = batch.last;
     this.#lines.push(...batch.lines);
     this.#lines.splice(0, this.#lines.length - this.history);
@@ -594,7 +593,7 @@ class Log {
   restart(head: number): void {
     this.head = head;
     this.#lines = [];
-    this.#newest = undefined;
+    this.newest = undefined;
     for (const [id, seq] of this.ids) if (seq < Infinity) this.ids.delete(id);
   }
 }
@@ -620,7 +619,8 @@ class Store {
   readonly #buffer = new Uint8Array(MAX_VALUE);
   #version: string | null = null; // the versionstamp of the head
   #entries: number[] = []; // the first messages of the entries that the database holds
-  #queue: Message[] = [];
+  #queue: Queued[] = [];
+  #round = 0; // that of the last message taken from the queue
   #uncertain?: string; // the entry of a commit that threw, and may have been written all the same
   #isBehind = true; // another instance has written, or may have
   #workedAt = 0; // when it last did what it had to, in ms since the process began
@@ -640,12 +640,16 @@ class Store {
     return this.working && performance.now() - this.#workedAt > HANGS ? "The database is not responding" : undefined;
   }
 
-  append(message: Message): boolean {
-    if (this.#queue.length >= MAX_QUEUE) return false;
-    this.#queue.push(message);
+  /** Queues a message, before what others say who have more in the queue. Returns the last one if there are too many. */
+  append(message: Message, sender: Client): Queued | undefined {
+    const round = sender.round = Math.max(sender.round, this.#round) + 1;
+    const at = this.#queue.findLastIndex((queued) => queued.round <= round) + 1;
+    this.#queue.splice(at, 0, { ...message, sender, round });
     if (message.id) this.log.ids.set(message.id, Infinity);
     this.working ??= this.#loop();
-    return true;
+    const excess = this.#queue.length > MAX_QUEUE ? this.#queue.pop() : undefined;
+    if (excess?.id) this.log.ids.delete(excess.id);
+    return excess;
   }
 
   /** Brings the log up to date with the database: at once, or if its head is not at this version, soon. */
@@ -668,8 +672,8 @@ class Store {
         this.#failure = undefined;
       } catch (error) {
         this.#isBehind = true; // nothing is dropped: it stays in the queue, unconfirmed
-        this.#failure = `Database error: ${(error as Error).message}`;
-        if (++this.#failures === REPORTED) stderr.print(this.#failure);
+        if (++this.#failures >= REPORTED) this.#failure = `Database error: ${(error as Error).message}`;
+        if (this.#failures === REPORTED) stderr.print(this.#failure!);
         await wait(RETRY);
       }
     }
@@ -687,6 +691,7 @@ class Store {
     const commit = this.kv.atomic().check({ key: HEAD, versionstamp: this.#version });
     commit.set(HEAD, { layout: LAYOUT, last }).set([...LOG, first], this.#buffer.subarray(0, bytes));
     for (const entry of expired) commit.delete([...LOG, entry]);
+    this.#round = this.#queue[lines.length - 1].round;
     this.#uncertain = text; // if this throws, the same entry is tried again until the outcome is known
     const result = await commit.commit();
     this.#isBehind ||= !result.ok;
@@ -719,16 +724,18 @@ class Store {
     const { layout, last } = value ?? { layout: LAYOUT, last: 0 };
     if (layout !== LAYOUT || !isWhole(last)) throw new Error(`the database has layout ${layout}, not ${LAYOUT}`);
     if (versionstamp === this.#version) return;
-    if (last < this.log.head) await this.#restart(0); // the room was emptied
+    if (last < this.log.head) { // the room was emptied
+      this.#entries = [];
+      this.log.restart(0);
+      await this.written([]);
+    }
     await this.#read(last);
     if (this.log.head < last) { // what is missing was deleted meanwhile, because so much was written
       if ((await this.kv.get(HEAD)).versionstamp === versionstamp) throw unreadable([...LOG, this.log.head + 1]);
       return void (this.#isBehind = true);
     }
     this.#uncertain = undefined; // it was written on top of another head, or never will be
-    for (const message of this.#queue.splice(0)) {
-      if (!message.id || this.log.ids.get(message.id) === Infinity) this.append(message);
-    }
+    this.#queue = this.#queue.filter(({ id }) => !id || this.log.ids.get(id) === Infinity);
     this.#version = versionstamp;
   }
 
@@ -736,7 +743,7 @@ class Store {
     for await (const { key, value } of this.kv.list({ start: [...LOG, this.log.head + 1], end: [...LOG, last + 1] })) {
       const first = Number(key.at(-1)), { text, lines, ids } = decode(key, value);
       if (first <= this.log.head) throw unreadable(key);
-      if (first > this.log.head + 1) await this.#restart(first - 1); // what was before it is deleted
+      if (first > this.log.head + 1) this.log.restart(first - 1); // what was before it is deleted
       const accepted = text === this.#uncertain ? this.#queue.splice(0, lines.length) : [];
       if (this.#version) this.#entries.splice(0, this.#entries.length - 2 * this.log.history); // others deleted those
       this.#entries.push(first);
@@ -745,16 +752,9 @@ class Store {
     }
   }
 
-  async #restart(head: number): Promise<void> {
-    this.#entries = [];
-    this.log.restart(head);
-    await this.written([]);
-  }
-
   /** The entries that can be deleted once `head` is the newest message; the last entry is always kept. */
   #expired(head: number): number[] {
-    const oldest = head - this.log.history + 1;
-    const kept = this.#entries.findIndex((_, i) => (this.#entries[i + 1] ?? Infinity) > oldest);
+    const kept = this.#entries.findIndex((_, i) => (this.#entries[i + 1] ?? Infinity) > head - this.log.history + 1);
     return this.#entries.slice(0, Math.min(Math.max(kept, 0), MAX_DELETES));
   }
 }
@@ -850,6 +850,7 @@ const MAX_USERNAME = 40, MAX_MESSAGE = 2000; // UTF-16 units, as maxlength count
 const MAX_UNCLEAN = 400; // UTF-16 units of a name before it is cleaned: normalizing is quadratic in the length
 /** A message that can be accepted. `body` is the end of its line on the wire; the start is known once it is written. */
 type Message = { event: "send_message"; username: string; message: string; id?: string; body: string };
+type Queued = Message & { sender: Client; round: number }; // each sender's first is next, then each one's second, and so on
 type Join = { event: "join"; username?: string; since?: number; time?: number; key?: string; password?: string };
 type Refusal = { event: "error"; error: string; id?: string; retry_after?: number }; // in milliseconds
 type Incoming = Message | Join | { event: "history"; before: number } | { event: "typing" | "ping" } | Refusal;
@@ -891,7 +892,7 @@ function checkJoin({ username, since, time, key, password }: Record<string, unkn
   return { event: "join", username: name, since, time, key, password };
 }
 
-const INVISIBLE = /[[\p{Cc}\p{Cf}\p{Default_Ignorable_Code_Point}\u2800]--[\t-\r]]/gv;
+const INVISIBLE = /[[\p{Cc}\p{Cf}\p{Default_Ignorable_Code_Point}\u2800\u{16fe4}\u{1d159}]--[\t-\r]]/gv;
 
 /** A message in ASCII with nothing to clean or escape, no longer than MAX_USERNAME and MAX_MESSAGE: its body is a part of it. */
 const USUAL =
@@ -1092,7 +1093,7 @@ if (import.meta.main) {
     const { message } = error as Error, [, denied] = message.match(/^Requires (?:read|write) access to "(.*)"/) ?? [];
     const isTaken = error instanceof Deno.errors.AddrInUse, advice = settings && denied && commandFor(settings, denied);
     const reason = advice ? `${message.split(",")[0]}. Keep the settings, and run ${advice}` : message;
-    stderr.print(`The chat cannot start: ${isTaken ? "the address is taken, set PORT to another" : reason}`);
+    stderr.print(`The chat cannot start: ${isTaken ? "the port is taken, set PORT to another" : reason}`);
     await withTimeout(GRACE, stderr.writing);
     Deno.exit(1);
   }

@@ -894,12 +894,12 @@ test("where the platform says so, the chat is served on a Unix socket", async ()
 test("/healthz tells whether messages can be written", async () => {
   using kv = await Deno.openKv(":memory:");
   const read = Promise.withResolvers<void>(), port = freePort();
-  let fails = false, lies = 0;
+  let fails = false, lies = 0, blips = 0;
   const hangs: Promise<never>[] = [];
   const db = unreliable(kv, async (call, name) => {
     await read.promise;
     if (name === "get") await hangs[0];
-    if (fails) throw new Error("disk I/O error");
+    if (fails || name === "commit" && blips-- > 0) throw new Error("disk I/O error");
     const result = await call();
     if (name === "commit" && --lies === 0) throw new Error("connection lost");
     return result;
@@ -921,6 +921,13 @@ test("/healthz tells whether messages can be written", async () => {
   fails = false;
   await ada.has(is("receive_message"));
   await until(async () => await health() === "200 ok\n");
+  // What fails once is tried again, and is no trouble yet.
+  blips = 1;
+  const heard = ada.has(({ message }) => message === "again");
+  ada.send({ username: "Ada", message: "again" });
+  await until(() => blips < 1);
+  assertEquals(await health(), "200 ok\n");
+  await heard;
   // A write is done but reported as failed, and nothing else is written.
   lies = 1;
   await ada.say("the last");
@@ -1191,6 +1198,31 @@ test("what waits for a database that fails is bounded, and its sender keeps it",
   assertMatch(error, /try again/);
   assertEquals(retry_after, 1000);
   assertEquals((await ada.ask({ username: "Ada", message, id }, (event) => event.id === id)).message, message);
+});
+
+test("who says much waits for the others, and gives way to them where there is no room", async () => {
+  using kv = await Deno.openKv(":memory:");
+  const works = Promise.withResolvers<void>();
+  const db = unreliable(kv, async (call, name) => {
+    if (name === "commit") await works.promise;
+    return await call();
+  });
+  await using chat = await start({ db });
+  await using ada = await Client.open(chat);
+  await using grace = await Client.open(chat);
+  for (const i of count(1, 8500)) ada.send({ username: "Ada", message: `${i}`, id: `${i}` });
+  await ada.ask({ event: "ping" }, is("pong"));
+  const excess = ada.events.filter(is("error")).length;
+  assert(excess > 0);
+  for (const message of ["one", "two"]) grace.send({ username: "Grace", message, id: message });
+  await grace.ask({ event: "ping" }, is("pong"));
+  works.resolve();
+  await ada.until(() => ada.events.filter(({ id }) => id).length >= 8502);
+  const by = (name: string) => ada.events.filter(({ username }) => username === name);
+  const [first, last] = [by("Ada")[0].seq, by("Ada").at(-1)!.seq];
+  assertEquals(texts(by("Grace")), ["one", "two"]);
+  for (const { seq } of by("Grace")) assert(seq < (first + last) / 2, `${seq}`);
+  assertEquals(texts(by("Ada")), texts(by("Ada")).toSorted((a, b) => +a - +b));
 });
 
 test("a shutdown does not wait for a database that hangs, nor for a peer that does not read", async () => {
