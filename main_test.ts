@@ -24,7 +24,7 @@ Deno.test("two clients see what one of them says", async () => {
 
 // ───────────────────────────────────────────────── What tests use ─────────────────────────────────────────────────
 
-/** Which tests are wanted: those of the "room", of "Chromium", of "WebKit", which the task runs side by side; or all. */
+/** Which are wanted: those of the "room", of "Chromium1", "Chromium2" or "WebKit", which the task runs side by side; or all. */
 const PART = new URL(import.meta.url).search.slice(1);
 const test = (!PART || PART === "room" ? Deno.test : () => {}) as typeof Deno.test;
 
@@ -2112,7 +2112,7 @@ const SWITCHES = "headless=new no-sandbox disable-gpu disable-background-network
   "window-size=1100,800";
 
 /** Chromium without what only a person at a screen needs, where Debian's package is there: the tests take less time. */
-const SHELL = "/usr/bin/chromium-headless-shell";
+const SHELL = "/usr/lib/chromium/chromium-headless-shell"; // the script in the path would leave it running
 
 /** The browsers: whether they are there, how they are started, and what is asked of them for a session. */
 const BROWSERS = {
@@ -2409,6 +2409,8 @@ interface PageTest extends ChatOptions {
 
 const BOTH: PageTest = { browsers: ["Chromium", "WebKit"] };
 
+let pages = 0; // tests in Chromium so far
+
 /** A test in the browser. It fails with any error of the page's script and any violation of its policy. */
 function pageTest(
   name: string,
@@ -2416,7 +2418,8 @@ function pageTest(
   { browsers = ["Chromium"], ...options }: PageTest = {},
 ): void {
   for (const kind of browsers) {
-    if (PART && PART !== kind) continue;
+    const part = kind === "Chromium" ? `Chromium${1 + ++pages % 2}` : kind;
+    if (PART && PART !== part) continue;
     Deno.test({
       name: `page: ${name}${kind === "Chromium" ? "" : `, in ${kind}`}`,
       ignore: BROWSERS[kind].missing,

@@ -1,1 +1,0 @@
-import "../main_test.ts?Chromium";
