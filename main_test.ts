@@ -1080,6 +1080,16 @@ function unreliable(kv: Deno.Kv, disturb: <T>(call: () => Promise<T>, name: stri
   return new Proxy(kv, { get: get as ProxyHandler<Deno.Kv>["get"] });
 }
 
+/** A database that commits nothing until it works. */
+function held(kv: Deno.Kv): { db: Deno.Kv; works: PromiseWithResolvers<void> } {
+  const works = Promise.withResolvers<void>();
+  const db = unreliable(kv, async (call, name) => {
+    if (name === "commit") await works.promise;
+    return await call();
+  });
+  return { db, works };
+}
+
 test("a server that is killed again and again loses nothing and doubles nothing", async () => {
   await using file = await temporary();
   const env = { CHAT_DB: file.db, PORT: `${freePort()}` };
@@ -1181,11 +1191,7 @@ test("a write that was done but reported as failed is not done again", async () 
 
 test("what waits for a database that fails is bounded, and its sender keeps it", async () => {
   using kv = await Deno.openKv(":memory:");
-  const works = Promise.withResolvers<void>();
-  const db = unreliable(kv, async (call, name) => {
-    if (name === "commit") await works.promise;
-    return await call();
-  });
+  const { db, works } = held(kv);
   await using chat = await start({ db });
   await using ada = await Client.open(chat);
   const message = "x".repeat(2000);
@@ -1202,11 +1208,7 @@ test("what waits for a database that fails is bounded, and its sender keeps it",
 
 test("who says much waits for the others, and gives way to them where there is no room", async () => {
   using kv = await Deno.openKv(":memory:");
-  const works = Promise.withResolvers<void>();
-  const db = unreliable(kv, async (call, name) => {
-    if (name === "commit") await works.promise;
-    return await call();
-  });
+  const { db, works } = held(kv);
   await using chat = await start({ db });
   await using ada = await Client.open(chat);
   await using grace = await Client.open(chat);
