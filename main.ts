@@ -730,9 +730,10 @@ class Store {
       await this.written([]);
     }
     await this.#read(last);
-    if (this.log.head < last) { // what is missing was deleted meanwhile, because so much was written
-      if ((await this.kv.get(HEAD)).versionstamp === versionstamp) throw unreadable([...LOG, this.log.head + 1]);
-      return void (this.#isBehind = true);
+    if (this.log.head < last) { // what is missing was deleted: meanwhile, because so much was written, or by hand
+      this.#isBehind ||= (await this.kv.get(HEAD)).versionstamp !== versionstamp;
+      if (this.#isBehind) return;
+      this.log.restart(last);
     }
     this.#uncertain = undefined; // it was written on top of another head, or never will be
     this.#queue = this.#queue.filter(({ id }) => !id || this.log.ids.get(id) === Infinity);
@@ -740,9 +741,9 @@ class Store {
   }
 
   async #read(last: number): Promise<void> {
-    for await (const { key, value } of this.kv.list({ start: [...LOG, this.log.head + 1], end: [...LOG, last + 1] })) {
-      const first = Number(key.at(-1)), { text, lines, ids } = decode(key, value);
-      if (first <= this.log.head) throw unreadable(key);
+    const range = { start: [...LOG, this.log.head + 1], end: [...LOG, last + 1] };
+    for await (const entry of this.kv.list<Uint8Array>(range)) {
+      const { first, text, lines, ids } = decode(entry, this.log.head);
       if (first > this.log.head + 1) this.log.restart(first - 1); // what was before it is deleted
       const accepted = text === this.#uncertain ? this.#queue.splice(0, lines.length) : [];
       if (this.#version) this.#entries.splice(0, this.#entries.length - 2 * this.log.history); // others deleted those
@@ -759,20 +760,17 @@ class Store {
   }
 }
 
-/** What an entry holds. Throws an `Error` if it cannot be read. */
-function decode(key: Deno.KvKey, value: unknown): { text: string; lines: string[]; ids: (string | undefined)[] } {
+/** What an entry after message `head` holds. Throws an `Error` if it cannot be read. */
+function decode({ key, value }: Deno.KvEntry<Uint8Array>, head: number) {
   try {
-    const text = new TextDecoder("utf-8", { fatal: true }).decode(value as Uint8Array), lines = text.split("\n");
-    const messages = lines.map((line) => JSON.parse(line)), first = Number(key.at(-1));
-    if (!messages.every(({ seq }, i) => seq === first + i)) throw new Error("not in order");
-    return { text, lines, ids: messages.map(({ id }) => id) };
+    const text = new TextDecoder("utf-8", { fatal: true }).decode(value), lines = text.split("\n");
+    const messages: { seq: number; id?: string }[] = lines.map((line) => JSON.parse(line)), first = Number(key.at(-1));
+    if (first <= head || !messages.every(({ seq }, i) => seq === first + i)) throw new Error("not in order");
+    return { first, text, lines, ids: messages.map(({ id }) => id) };
   } catch {
-    throw unreadable(key);
+    throw new Error(`the entry ${JSON.stringify(key)} cannot be read: restore a backup, or delete that entry`);
   }
 }
-
-const unreadable = (key: Deno.KvKey) =>
-  new Error(`the entry ${JSON.stringify(key)} cannot be read: restore a backup, or delete that entry`);
 
 // ─────────────────────────────────────────────────── Who is here ───────────────────────────────────────────────────
 const HEARTBEAT = 10_000, PRESUMED_DEAD = 30_000; // ms between roster writes; ms without one until an instance counts as gone

@@ -1292,6 +1292,27 @@ test("a log that cannot be read stops the start with a line that names the key, 
   }));
 });
 
+test("once the entry that cannot be read is deleted, the room goes on after it", async () => {
+  for (const [damaged, kept] of [[2, ["3"]], [3, []]] as [number, string[]][]) {
+    await using file = await temporary();
+    {
+      await using chat = await start(file);
+      await using ada = await Client.open(chat);
+      for (const text of ["1", "2", "3"]) await ada.say(text);
+    }
+    using kv = await Deno.openKv(file.db);
+    await kv.set(["chat", "log", damaged], "a text");
+    assertMatch(await start(file).then(() => "it started", String), /delete that entry/);
+    await kv.delete(["chat", "log", damaged]);
+    for (const messages of [kept, [...kept, "4"]]) {
+      await using chat = await start(file);
+      assertEquals(texts(await everything(chat)), messages);
+      await using ada = await Client.open(chat);
+      if (messages === kept) assertEquals((await ada.say("4")).seq, 4);
+    }
+  }
+});
+
 test("what is no longer kept is deleted, also what an earlier start had kept", async () => {
   await using file = await temporary();
   for (const history of [100, 5]) {
