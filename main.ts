@@ -845,7 +845,7 @@ function fitting(names: Iterable<string>): string[] {
 
 // ──────────────────────────────────────────── Checking what a client sends ────────────────────────────────────────────
 const MAX_USERNAME = 40, MAX_MESSAGE = 2000; // UTF-16 units, as maxlength counts
-const MAX_UNCLEAN = 400; // UTF-16 units of a name before it is cleaned: normalizing is quadratic in the length
+const MAX_UNCLEAN = 3 * MAX_USERNAME; // UTF-16 units of a name before it is cleaned: normalizing is quadratic in the length
 /** A message that can be accepted. `body` is the end of its line on the wire; the start is known once it is written. */
 type Message = { event: "send_message"; username: string; message: string; id?: string; body: string };
 type Queued = Message & { sender: Client; round: number }; // each sender's first is next, then each one's second, and so on
@@ -858,11 +858,11 @@ function check(frame: string | ArrayBuffer): Incoming {
   if (body) return { event: "send_message", username, message, id, body };
   let data: Record<string, unknown>;
   try {
-    data = JSON.parse(frame);
+    data = FEW_VALUES.test(frame) && JSON.parse(frame);
   } catch {
     return refusal('a frame must be JSON, like {"event":"send_message","username":"Ada","message":"Hi"}');
   }
-  if (typeof data !== "object" || data === null || Array.isArray(data)) return refusal("a frame must be a JSON object");
+  if (Object(data) !== data || Array.isArray(data)) return refusal("a frame must be a JSON object, with few values");
   const { event = "message" in data ? "send_message" : undefined, before } = data;
   if (event === "send_message") return checkMessage(data);
   if (event === "join") return checkJoin(data);
@@ -892,6 +892,8 @@ function checkJoin({ username, since, time, key, password }: Record<string, unkn
 
 const INVISIBLE = /[[\p{Cc}\p{Cf}\p{Default_Ignorable_Code_Point}\u2800\u{16fe4}\u{1d159}]--[\t-\r]]/gv;
 
+/** JSON that costs little to parse, however long it is: 64 strings at most, and little between them. */
+const FEW_VALUES = /^[^"]{0,64}(?:"[^"\\]*(?:\\.[^"\\]*)*"[^"]{0,64}){0,64}$/s;
 /** A message in ASCII with nothing to clean or escape, no longer than MAX_USERNAME and MAX_MESSAGE: its body is a part of it. */
 const USUAL =
   /^{"event":"send_message",("username":"(?=[^"]{1,40}")([!#-[\]-~]+(?: [!#-[\]-~]+)*)","message":"([!#-[\]-~](?:[ !#-[\]-~]{0,1998}[!#-[\]-~])?)"(?:,"id":"([\w-]{1,64})")?})$/;

@@ -1825,6 +1825,31 @@ test("frames that cost much are paid for before they are read, and nobody waits 
   await eve.until(() => eve.closed || eve.events.some(is("error")));
 });
 
+test("a frame of many values is refused unread, and one of many brackets in a text is not", async () => {
+  await using chat = await start();
+  await using eve = await Client.open(chat);
+  const parse = JSON.parse, read: string[] = [];
+  using _watched = patch(JSON, "parse", (text, reviver) => {
+    read.push(text);
+    return parse(text, reviver);
+  });
+  const many = count(1, 6000), text = '[{"\\'.repeat(500);
+  for (const start of ["", '{"username":"Eve","message":"Hi","more":']) {
+    for (
+      const more of [
+        "[".repeat(60_000),
+        `${many.map(() => "[")}`,
+        `{"${many.join('":1,"')}":1}`,
+        `["${many.join('","')}"]`,
+      ]
+    ) {
+      assertMatch((await eve.ask(start + more, is("error"))).error, /a frame must be .*values/);
+      assert(!read.some((text) => text.includes(more)), more.slice(0, 20));
+    }
+  }
+  assertEquals((await eve.say(text)).message, text);
+});
+
 test("a room that is full answers 503, and lets the next in when someone leaves", async () => {
   await using chat = await start({ maxClients: 3, maxClientsPerAddress: 2, trustProxy: true });
   using guests = new DisposableStack();
