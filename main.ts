@@ -361,7 +361,7 @@ class Client {
     let sent = 0;
     while (this.place < log.head && sent < MAX_COPIES && !this.isBackedUp()) {
       const batch = log.after(this.place), sendLine = (line: string) => this.send(line) && ++this.place;
-      if (!batch) this.close(1013, "too slow: what comes next is no longer kept");
+      if (!batch) this.close(1013, "what comes next is no longer kept");
       else if (this.joined ? this.send(batch.text, batch.bytes) : batch.lines.every(sendLine)) {
         this.place = Math.max(this.place, batch.last);
         sent += batch.bytes;

@@ -963,6 +963,21 @@ test("a log that nobody can write or read does not concern the room", { ignore: 
   await stuck.says(/\d+ lines? .*(lost|dropped|left out|missing)/);
 });
 
+test("a log that failed for a while says what it lacks and goes on", async () => {
+  let isFull = true, log = "";
+  using _disk = patch(Deno.stdout, "write", (bytes) => {
+    if (isFull) return Promise.reject(new Error("no space left on device"));
+    log += decoder.decode(bytes);
+    return Promise.resolve(bytes.length);
+  });
+  await using chat = await start({ log: true });
+  await using ada = await Client.open(chat);
+  for (const text of ["1", "2", "3"]) await ada.say(text);
+  isFull = false;
+  await ada.say("4");
+  await until(() => /^3 lines were dropped here\nMessage received: 4 from "Ada", 1 characters?\n$/.test(log));
+});
+
 // ───────────────────────────────────────────────────── The log ─────────────────────────────────────────────────────
 
 /** Says numbered things until it is told to stop, as the page does: what is unconfirmed is sent again, in order. */
@@ -1622,6 +1637,43 @@ test("an instance that others outrun goes on, and what is said there gets in", a
   assertEquals(seqs(both), count(both[4].seq - 4, both[4].seq));
 });
 
+test("who reads where an instance was outrun is told what is true, and what is said there gets in", async () => {
+  using kv = await Deno.openKv(":memory:");
+  await using two = await start({ db: kv, history: 5 });
+  await using talker = await Client.open(two);
+  const { db, asked, answer } = slowHead(kv, 0);
+  await using one = await start({ db, history: 5 });
+  await using plain = await Client.open(one);
+  await using ada = await Client.open(one, { username: "Ada", since: 0 });
+  await talker.say("1");
+  await asked();
+  ada.send({ username: "Ada", message: "meanwhile", id: "meanwhile" });
+  for (const text of numbered(20)) await talker.say(text);
+  answer();
+  for (const reader of [plain, ada]) {
+    const { code, reason } = await reader.ended();
+    assertEquals([code, reason], [1013, "what comes next is no longer kept"]);
+  }
+  await talker.has(({ id }) => id === "meanwhile");
+  await using back = await Client.open(one, { since: 0 });
+  await back.until(() => back.messages().at(-1)?.seq === 22);
+  assertEquals(seqs(back.messages()), count(18, 22));
+});
+
+test("a room that is emptied while it is open begins anew, and its readers are told", async () => {
+  using kv = await Deno.openKv(":memory:");
+  await using chat = await start({ db: kv });
+  await using ada = await Client.open(chat);
+  await ada.say("1", "2", "3");
+  const emptying = kv.atomic().delete(["chat", "head"]);
+  for await (const { key } of kv.list({ prefix: ["chat", "log"] })) emptying.delete(key);
+  await emptying.commit();
+  assertEquals((await ada.ended()).code, 1013);
+  await using back = await Client.open(chat, { since: 3 });
+  assertEquals(back.events.find(is("joined"))?.resumed, false);
+  assertEquals((await back.say("anew")).seq, 1);
+});
+
 test("an instance is here while it gives signs of life, whatever the clocks say", async () => {
   using kv = await Deno.openKv(":memory:");
   const key = ["chat", "here", "other"], now = performance.now.bind(performance), date = Date.now;
@@ -1692,6 +1744,12 @@ test("a handshake from another site is refused before the upgrade", async () => 
   const foreign = ["http://other.example", "http://chat.example:81", "http://chat.example.evil.example", "null", ""]
     .concat("chrome-extension://chat.example", "ftp://chat.example", "file://chat.example", "chat.example");
   for (const origin of foreign) assertEquals(await status("chat.example", origin), 403, origin);
+  await using proxied = await start({ trustProxy: true });
+  for (const [origin, expected] of [["https://chat.example", 101], ["http://chat.example", 403]]) {
+    const headers = ["X-Forwarded-Proto: https", `Origin: ${origin}`];
+    using raw = await Raw.connect(proxied.addr.port, ...HANDSHAKE.with(1, "Host: chat.example"), ...headers);
+    assertEquals(await raw.status(), expected);
+  }
   const own = `localhost:${safe.addr.port}`;
   assertEquals(await status(own, `https://${own}`, await tls()), 101);
   assertEquals(await status(own, `http://${own}`, await tls()), 403);
