@@ -2671,6 +2671,18 @@ pageTest("holds hostile texts in their place", async ({ browser, run, guest, ent
   );
 });
 
+pageTest("shows what is nothing but markup without a thousand elements", async ({ run, guest, enter, until }) => {
+  await enter("Ada");
+  const eve = await guest("Eve");
+  const repeated = ["@-", "@Eve ", "`a`", "```a```", "```\n", "**a**", "_**a**_ ", "**_a_ ", "> a\nb\n", "http://a "];
+  const texts = repeated.map((text) => text.repeat(2000 / text.length));
+  await eve.say(`**${"_a_ ".repeat(400)}**`, ...texts);
+  await until(({ articles }, length) => articles.length === length, texts.length + 1);
+  const sizes = await run(({ articles }) => articles.map((node) => node.querySelectorAll("*").length));
+  assert(Math.max(...sizes) < 300, `${sizes}`);
+  assert(await run(({ texts }, all) => texts.includes(all.trim()), texts[0]));
+});
+
 pageTest("asks for a missing name and keeps the message", async ({ browser, url, run, type, click, press, until }) => {
   await browser.goTo(url);
   await until(({ status }) => status === "Connected");
