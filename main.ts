@@ -199,13 +199,13 @@ class Room {
     const debt = this.#debts.get(address ?? ""); // who comes back does not begin anew
     if (debt) client.buckets.send_message = new Bucket(debt.rate, debt.fullAt);
     this.#clients.add(client); // it counts from the handshake on
-    client.timer = setTimeout(() => {
-      if (socket.readyState === WebSocket.CONNECTING) this.#clients.delete(client); // a handshake that died has no event
-      if (client.place === Infinity) client.close(1008, "no password in time");
-    }, deadline);
+    client.timer = setTimeout(() => this.#clients.delete(client), deadline); // a handshake that died has no event
     socket.onopen = () => {
+      clearTimeout(client.timer);
+      this.#clients.add(client); // again, if it took long
       if (this.#isClosed) return client.close(1001, "the server is going away");
       if (!this.settings.password) client.place = this.log.head;
+      client.timer = setTimeout(() => client.place < Infinity || client.close(1008, "no password in time"), deadline);
     };
     socket.onmessage = ({ data }) => this.#requests.receive(client, data);
     socket.onclose = () => {

@@ -1937,6 +1937,24 @@ test("handshakes that come at one moment do not pass the limit together", async 
   assertEquals(statuses.filter((status) => status === 101).length, 5);
 });
 
+test("a handshake during which the process stood still makes a client like any other", async () => {
+  const { upgradeWebSocket } = Deno, still = new Int32Array(new SharedArrayBuffer(4));
+  await using chat = await start({ maxClients: 3, idleTimeout: 1, password: "secret" });
+  await using ada = await Client.open(chat, { username: "Ada", password: "secret" });
+  using _stall = patch(Deno, "upgradeWebSocket", (...request) => {
+    queueMicrotask(() => Atomics.wait(still, 0, 0, 1500)); // the deadline has passed before the socket opens
+    return upgradeWebSocket(...request);
+  });
+  await using grace = await Client.open(chat);
+  await grace.ask({ event: "join", username: "Grace", password: "secret" }, is("joined"));
+  await ada.say("Hi");
+  await grace.has(({ message }) => message === "Hi");
+  await using stranger = await Client.open(chat);
+  using late = await Raw.connect(chat.addr.port, ...HANDSHAKE);
+  assertEquals(await late.status(), 503);
+  assertEquals((await stranger.ended()).code, 1008);
+});
+
 test("a long Accept-Encoding holds nobody up", async () => {
   await using chat = await start();
   await using ada = await Client.open(chat);
