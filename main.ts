@@ -55,7 +55,7 @@ export async function startChat(options: ChatOptions = {}): Promise<Chat> {
     return trouble ? respond(503, trouble) : respond(200, room?.isFull(address) ? "full" : "ok");
   };
   const shutdown = once(async () => {
-    await room?.close();
+    await room?.close().catch(report);
     ending.abort();
     await withTimeout(GRACE, listener?.ended);
   });
@@ -672,7 +672,7 @@ class Store {
         this.#failure = undefined;
       } catch (error) {
         this.#isBehind = true; // nothing is dropped: it stays in the queue, unconfirmed
-        if (++this.#failures >= REPORTED) this.#failure = `Database error: ${(error as Error).message}`;
+        if (++this.#failures >= REPORTED) this.#failure = `Database error: ${(error as Error)?.message}`;
         if (this.#failures === REPORTED) stderr.print(this.#failure!);
         await wait(RETRY);
       }
@@ -729,7 +729,7 @@ class Store {
       this.log.restart(0);
       await this.written([]);
     }
-    await this.#read(last);
+    await this.#read();
     if (this.log.head < last) { // what is missing was deleted: meanwhile, because so much was written, or by hand
       this.#isBehind ||= (await this.kv.get(HEAD)).versionstamp !== versionstamp;
       if (this.#isBehind) return;
@@ -740,8 +740,8 @@ class Store {
     this.#version = versionstamp;
   }
 
-  async #read(last: number): Promise<void> {
-    const range = { start: [...LOG, this.log.head + 1], end: [...LOG, last + 1] };
+  async #read(): Promise<void> {
+    const range = { start: [...LOG, this.log.head + 1], end: [...LOG, Infinity] }; // whatever number the head has
     for await (const entry of this.kv.list<Uint8Array>(range)) {
       const { first, text, lines, ids } = decode(entry, this.log.head);
       if (first > this.log.head + 1) this.log.restart(first - 1); // what was before it is deleted
