@@ -138,13 +138,12 @@ function listen(options: Deno.ServeTcpOptions & { signal: AbortSignal }, handler
   const { addr, finished } = Deno.serve({ ...options, onError, onListen() {} }, handler);
   const ended: Promise<void> = finished.catch(async (error) => {
     stderr.print(`New connections cannot be accepted: ${error.message}`);
-    let next;
-    while (!next) {
+    const again = async (): Promise<void> => {
       await wait(RETRY);
       if (options.signal.aborted) return;
-      next = await Promise.try(listen, { ...options, ...addr as { port: number } }, handler).catch(() => undefined);
-    }
-    await next?.ended;
+      await Promise.try(listen, { ...options, ...addr as { port: number } }, handler).then(({ ended }) => ended, again);
+    };
+    await again();
   });
   return { addr, ended };
 }
@@ -153,8 +152,7 @@ function listen(options: Deno.ServeTcpOptions & { signal: AbortSignal }, handler
 const MAX_COPIES = 128 * 1024; // bytes handed to sockets before yielding to the event loop
 const TICK = 50; // ms between looks at what is new, here and in the database
 const DEADLINE = 10_000; // ms a client has to complete the handshake, and to give the password
-const EXCHANGE_EVERY = 20; // looks at the database: presence is exchanged once in so many
-const PAID_EVERY = 200; // looks at a remote database, whose reads are billed: one in so many is made, `watch` tells of the rest
+const EXCHANGE_EVERY = 20, PAID_EVERY = 200; // looks until presence is exchanged; until a remote database is read, which is billed
 const GRACE = 380; // ms that a shutdown waits for each of the log, the clients, the database, the listener, and the terminal
 /** Everyone who is connected, and what they are sent. */
 class Room {
@@ -254,7 +252,7 @@ class Room {
   #tick(): void {
     this.catchUp();
     if (this.hasNews) this.#announcing ??= this.#announce().catch(report).finally(() => this.#announcing = undefined);
-    this.#looking ??= this.#look().catch(() => {}).finally(() => this.#looking = undefined);
+    this.#looking ??= withTimeout(HANGS, this.#look()).catch(() => {}).finally(() => this.#looking = undefined);
     if (performance.now() - this.#lookAgain > HANGS) this.store.sync(); // it asks for itself, and reports what is wrong
   }
 
@@ -384,8 +382,7 @@ class Client {
     this.#frames++;
     this.#unsent += bytes + FRAME_COST;
     // Feeding stops at MAX_UNSENT, answers do not. A client that keeps asking without reading is closed.
-    const isOver = () => this.#unsent > 2 * MAX_UNSENT;
-    if (isOver() && this.isBackedUp() && isOver()) this.close(1013, "too slow");
+    if (this.isBackedUp() && this.#unsent > 2 * MAX_UNSENT) this.close(1013, "too slow");
     return true;
   }
 
@@ -490,10 +487,10 @@ class Requests {
   }
 
   #accept(client: Client, message: Message): void {
-    const { id, username } = message, { log, store } = this.room, seq = id && log.ids.get(id);
-    const known = seq && seq >= log.oldest ? seq : undefined; // an id may outlive its message
-    if (known !== undefined && known > client.place) return; // it comes in its turn
-    if (known !== undefined) return void client.send(log.line(known));
+    const { id = "", username } = message, { log, store } = this.room, seq = log.ids.get(id) ?? 0;
+    if (seq === Infinity) return store.hand(id, client);
+    if (seq > client.place) return; // it comes in its turn
+    if (seq >= log.oldest) return void client.send(log.line(seq)); // an id may outlive its message
     if (client.tag) message.body = `${message.body.slice(0, -1)},"tag":"${client.tag}"}`;
     if (this.room.presence.typing.size > 0) this.room.presence.typing.delete(username);
     const excess = store.append(message, client), error = "the room cannot take more messages just now";
@@ -652,6 +649,11 @@ class Store {
     return excess;
   }
 
+  /** Lets another connection of its sender have the answer to what is in the queue. */
+  hand(id: string, sender: Client): void {
+    for (const queued of this.#queue) if (queued.id === id) queued.sender = sender;
+  }
+
   /** Brings the log up to date with the database: at once, or if its head is not at this version, soon. */
   async sync(version?: string | null): Promise<void> {
     if (version === this.#version) return;
@@ -741,8 +743,7 @@ class Store {
   }
 
   async #read(): Promise<void> {
-    const range = { start: [...LOG, this.log.head + 1], end: [...LOG, Infinity] }; // whatever number the head has
-    for await (const entry of this.kv.list<Uint8Array>(range)) {
+    for await (const entry of this.kv.list<Uint8Array>({ prefix: LOG, start: [...LOG, this.log.head + 1] })) {
       const { first, text, lines, ids } = decode(entry, this.log.head);
       if (first > this.log.head + 1) this.log.restart(first - 1); // what was before it is deleted
       const accepted = text === this.#uncertain ? this.#queue.splice(0, lines.length) : [];
@@ -892,8 +893,8 @@ function checkJoin({ username, since, time, key, password }: Record<string, unkn
 
 const INVISIBLE = /[[\p{Cc}\p{Cf}\p{Default_Ignorable_Code_Point}\u2800\u{16fe4}\u{1d159}]--[\t-\r]]/gv;
 
-/** JSON that costs little to parse, however long it is: 64 strings at most, and little between them. */
-const FEW_VALUES = /^[^"]{0,64}(?:"[^"\\]*(?:\\.[^"\\]*)*"[^"]{0,64}){0,64}$/s;
+/** JSON that costs little to parse, however long it is: 24 strings at most, and little between them. */
+const FEW_VALUES = /^[^"]{0,64}(?:"[^"\\]*(?:\\.[^"\\]*)*"[^"]{0,64}){0,24}$/s;
 /** A message in ASCII with nothing to clean or escape, no longer than MAX_USERNAME and MAX_MESSAGE: its body is a part of it. */
 const USUAL =
   /^{"event":"send_message",("username":"(?=[^"]{1,40}")([!#-[\]-~]+(?: [!#-[\]-~]+)*)","message":"([!#-[\]-~](?:[ !#-[\]-~]{0,1998}[!#-[\]-~])?)"(?:,"id":"([\w-]{1,64})")?})$/;
@@ -1004,9 +1005,8 @@ const turn = () => new Promise<void>((resolve) => setImmediate(resolve));
 const wait = (ms: number) => new Promise<void>((resolve) => setTimeout(resolve, ms));
 
 async function withTimeout(ms: number, promise: Promise<unknown> | undefined): Promise<void> {
-  let timer;
-  await Promise.race([promise, new Promise((resolve) => timer = setTimeout(resolve, ms))]);
-  clearTimeout(timer);
+  const late = Promise.withResolvers<void>(), timer = setTimeout(late.resolve, ms);
+  await Promise.race([promise, late.promise]).finally(() => clearTimeout(timer));
 }
 
 function once<T>(make: () => Promise<T>): () => Promise<T> {

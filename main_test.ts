@@ -1243,6 +1243,26 @@ test("who says much waits for the others, and gives way to them where there is n
   assertEquals(texts(by("Ada")), texts(by("Ada")).toSorted((a, b) => +a - +b));
 });
 
+test("who sends again through another connection is answered there", async () => {
+  using kv = await Deno.openKv(":memory:");
+  const { db, works } = held(kv);
+  await using chat = await start({ db });
+  await using ada = await Client.open(chat);
+  for (const i of count(1, 8000)) ada.send({ username: "Ada", message: `${i}`, id: `${i}` });
+  await ada.ask({ event: "ping" }, is("pong"));
+  await ada[Symbol.asyncDispose]();
+  await using again = await Client.open(chat);
+  again.send({ username: "Ada", message: "8000", id: "8000" });
+  await again.ask({ event: "ping" }, is("pong"));
+  await using grace = await Client.open(chat);
+  grace.send({ username: "Grace", message: "for which there is no room" });
+  const { id, retry_after } = await again.has(is("error"));
+  assertEquals([id, retry_after], ["8000", 1000]);
+  works.resolve();
+  await again.has(({ username }) => username === "Grace");
+  await again.ask({ username: "Ada", message: "8000", id }, ({ id }) => id === "8000");
+});
+
 test("a shutdown does not wait for a database that hangs, nor for a peer that does not read", async () => {
   using kv = await Deno.openKv(":memory:");
   const db = unreliable(kv, (call, name) => name === "commit" ? new Promise(() => {}) : call());
@@ -1722,6 +1742,27 @@ test("an instance is here while it gives signs of life, whatever the clocks say"
 
 // ───────────────────────────────────────────── On the open internet ─────────────────────────────────────────────
 
+test("who is elsewhere is seen, also after a question that the database never answered", async () => {
+  using kv = await Deno.openKv(":memory:");
+  const hung = Promise.withResolvers<void>();
+  let hangs = false;
+  const db = unreliable(kv, async (call, name) => {
+    if (hangs && name === "get") {
+      hangs = false;
+      hung.resolve();
+      await new Promise(() => {});
+    }
+    return await call();
+  });
+  await using chat = await start({ db });
+  await using ada = await Client.open(chat, { username: "Ada" });
+  await ada.until(() => ada.events.findLast(is("presence"))?.online === 1);
+  hangs = true;
+  await hung.promise;
+  await kv.set(["chat", "here", "other"], { online: 1, users: ["Lin"] });
+  await ada.has(({ joined }) => joined?.includes("Lin"));
+});
+
 test("an instance that gives a sign of life at the last moment stays", async () => {
   using kv = await Deno.openKv(":memory:");
   const key = ["chat", "here", "other"];
@@ -1902,6 +1943,22 @@ test("frames that cost much are paid for before they are read, and nobody waits 
   }
   assert(longest < 300, `${longest} ms`); // 100 on a quiet machine; it was 12 s
   await eve.until(() => eve.closed || eve.events.some(is("error")));
+});
+
+test("a name that no cleaning makes short enough is not normalised", async () => {
+  await using chat = await start();
+  await using eve = await Client.open(chat);
+  const normalize = String.prototype.normalize;
+  let longest = 0;
+  using _watched = patch(String.prototype, "normalize", function (this: string) {
+    longest = Math.max(longest, this.length);
+    return normalize.call(this);
+  });
+  for (const length of [40, 100, 400, 20_000]) {
+    const { error } = await eve.ask({ username: "\u0f73".repeat(length), message: "Hi" }, is("error")); // each becomes two
+    assertMatch(error, /username must be/);
+  }
+  assert(longest <= 120, `${longest}`);
 });
 
 test("a frame of many values is refused unread, and one of many brackets in a text is not", async () => {
