@@ -150,6 +150,7 @@ function listen(options: Deno.ServeTcpOptions & { signal: AbortSignal }, handler
 
 // ──────────────────────────────────────────────────── The room ────────────────────────────────────────────────────
 const MAX_COPIES = 128 * 1024; // bytes handed to sockets before yielding to the event loop
+const MAX_FRAMES = 2000; // frames with one message each that the next commit waits for
 const TICK = 50; // ms between looks at what is new, here and in the database
 const DEADLINE = 10_000; // ms a client has to complete the handshake, and to give the password
 const EXCHANGE_EVERY = 20, PAID_EVERY = 200; // looks until presence is exchanged; until a remote database is read, which is billed
@@ -160,7 +161,7 @@ class Room {
   readonly log: Log;
   readonly store: Store;
   readonly presence: Presence;
-  readonly #requests: Requests;
+  readonly #requests = new Requests(this);
   readonly #debts = new Map<string, Bucket>(); // for messages, of addresses whose clients left
   readonly #emptied = Promise.withResolvers<void>(); // when the last client has gone, at the end
   #ticking?: ReturnType<typeof setInterval>;
@@ -176,7 +177,6 @@ class Room {
     this.log = new Log(settings.history);
     this.store = new Store(kv, this.log, (accepted) => this.#written(accepted));
     this.presence = new Presence(kv);
-    this.#requests = new Requests(this);
   }
 
   /** Reads the log, and keeps up with it from then on. Throws what the database throws. */
@@ -244,8 +244,11 @@ class Room {
       const one = `${first} from ${JSON.stringify(username)}, ${message.length} characters`;
       stdout.print(`Message received: ${accepted.length > 1 ? `${accepted.length} at once, from ${first} on` : one}`);
     }
-    const { first = 0 } = this.log.newest ?? {}; // those who are behind do not hold up the rest
-    await this.#broadcast((client) => client.place >= first - 1 ? client.feed() : 0).catch(report);
+    const { first = 0, lines = [] } = this.log.newest ?? {};
+    let sent = 0; // those who are behind do not hold up the rest, nor do those who get a frame for each message
+    const isNext = (client: Client) => client.joined || (sent += lines.length) <= MAX_FRAMES;
+    await this.#broadcast((client) => client.place >= first - 1 && isNext(client) ? client.feed() : 0).catch(report);
+    this.catchUp();
   }
 
   /** Periodic work. The steps do not wait for each other: the database may hang, and a broadcast may take long. */
@@ -362,7 +365,7 @@ class Client {
       if (!batch) this.close(1013, "what comes next is no longer kept");
       else if (this.joined ? this.send(batch.text, batch.bytes) : batch.lines.every(sendLine)) {
         this.place = Math.max(this.place, batch.last);
-        sent += batch.bytes;
+        sent += batch.bytes + (this.joined ? 0 : FRAME_COST * batch.lines.length);
       } else break;
     }
     if (this.place > log.head && this.place < Infinity) this.close(1013, "the room was replaced");
@@ -542,14 +545,11 @@ type Batch = { first: number; last: number; lines: string[]; text: string; bytes
 /** The messages that are kept, in memory: their lines as they go on the wire, oldest first, without a gap. */
 class Log {
   head = 0; // the number of the newest message
+  oldest = 1; // that of the oldest, or of the next if there is none
   readonly ids = new Map<string, number>(); // the message that an id names: Infinity while it is not written
   #lines: string[] = [];
   newest?: Batch; // what nearly every client is sent next
   constructor(readonly history: number) {}
-
-  get oldest(): number {
-    return this.head - this.#lines.length + 1;
-  }
 
   line(seq: number): string {
     return this.#lines[seq - this.oldest];
@@ -584,11 +584,13 @@ class Log {
     this.head = batch.last;
     this.#lines.push(...batch.lines);
     this.#lines.splice(0, this.#lines.length - this.history);
+    this.oldest = this.head - this.#lines.length + 1;
     for (const [i, id] of ids.entries()) if (id) put(this.ids, id, batch.first + i, (seq) => seq < this.oldest);
   }
 
   restart(head: number): void {
     this.head = head;
+    this.oldest = head + 1;
     this.#lines = [];
     this.newest = undefined;
     for (const [id, seq] of this.ids) if (seq < Infinity) this.ids.delete(id);
@@ -738,7 +740,6 @@ class Store {
       this.log.restart(last);
     }
     this.#uncertain = undefined; // it was written on top of another head, or never will be
-    this.#queue = this.#queue.filter(({ id }) => !id || this.log.ids.get(id) === Infinity);
     this.#version = versionstamp;
   }
 
@@ -750,6 +751,7 @@ class Store {
       if (this.#version) this.#entries.splice(0, this.#entries.length - 2 * this.log.history); // others deleted those
       this.#entries.push(first);
       this.log.add({ first, last: first + lines.length - 1, lines, text, bytes: 3 * text.length }, ids);
+      this.#queue = this.#queue.filter(({ id }) => !id || this.log.ids.get(id) === Infinity); // before it can come again
       await this.written(accepted);
     }
   }
@@ -1014,9 +1016,7 @@ function once<T>(make: () => Promise<T>): () => Promise<T> {
   return () => made ??= make();
 }
 
-async function sha256(text: string): Promise<Uint8Array> {
-  return new Uint8Array(await crypto.subtle.digest("SHA-256", ENCODER.encode(text)));
-}
+const sha256 = async (text: string) => new Uint8Array(await crypto.subtle.digest("SHA-256", ENCODER.encode(text)));
 
 const MAX_PRINTED = 16 * 1024; // UTF-16 units that wait to be printed
 /** Standard output or standard error, written without waiting: what it does not take is dropped and counted. */

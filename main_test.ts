@@ -1156,6 +1156,40 @@ test("a message that is sent again is not doubled: here, after a restart, or thr
   assertEquals(texts(await everything(other)), ["once", "next", "through both"]);
 });
 
+test("a message that is sent again while the log is read is not doubled, however short the history", async () => {
+  using kv = await Deno.openKv(":memory:");
+  const [fast, late] = [held(kv), held(kv)];
+  const read = Promise.withResolvers<void>(), goOn = Promise.withResolvers<void>();
+  const list: Deno.Kv["list"] = (...args) =>
+    (async function* () {
+      yield* kv.list(...args);
+      if (JSON.stringify(args).includes("log") && (await kv.get(["chat", "log", 1])).value) {
+        read.resolve();
+        await goOn.promise;
+      }
+    })() as unknown as Deno.KvListIterator<never>;
+  const slow = new Proxy(late.db, { get: (target, name) => name === "list" ? list : Reflect.get(target, name) });
+  await using one = await start({ db: fast.db, history: 2 });
+  await using two = await start({ db: slow, history: 2 });
+  await using ada = await Client.open(one);
+  await using grace = await Client.open(two);
+  const twice = { username: "Grace", message: "twice", id: "twice" };
+  grace.send(twice);
+  ada.send(twice);
+  for (const message of numbered(5)) ada.send({ username: "Ada", message });
+  await Promise.all([ada, grace].map((client) => client.ask({ event: "ping" }, is("pong"))));
+  fast.works.resolve();
+  await ada.until(() => ada.messages().length === 6);
+  late.works.resolve(); // what waits to be written there is in the log by now, and no longer kept
+  await read.promise;
+  grace.send(twice);
+  await grace.ask({ event: "ping" }, is("pong"));
+  goOn.resolve();
+  await ada.until(() => texts(ada.messages()).lastIndexOf("twice") > 5);
+  await ada.say("the end");
+  assertEquals(texts(ada.messages()), ["twice", ...numbered(5), "twice", "the end"]);
+});
+
 test("joining at any point of a running stream misses nothing and repeats nothing", async () => {
   await using chat = await start();
   const talkers = ["Ada", "Grace"].map((name) => new Talker(chat, name, 20));
@@ -1484,6 +1518,26 @@ test("readers that catch up take turns", async () => {
   );
   const longest = Math.max(...turns.map(({ bytes }) => bytes));
   assert(longest < 512 * 1024, `${longest} bytes in a row`);
+});
+
+test("nobody waits for those who get a frame for each message", async () => {
+  await using chat = await start();
+  await using ada = await Client.open(chat, { username: "Ada" });
+  const plain = await Promise.all(count(1, 100).map(() => Client.open(chat)));
+  const send = WebSocket.prototype.send;
+  let frames = 0;
+  using _watched = patch(WebSocket.prototype, "send", function (this: WebSocket, frame) {
+    if (/^{"event":"receive_message".*}$/.test(`${frame}`)) frames++;
+    return send.call(this, frame);
+  });
+  await ada.say(...numbered(500));
+  await ada.say("the next");
+  assert(frames < 100 * 500, `${frames} frames were sent before the next message`);
+  for (const client of plain) {
+    await client.until(() => client.frames.length === 501);
+    assertEquals(seqs(client.events), count(1, 501));
+    await client[Symbol.asyncDispose]();
+  }
 });
 
 test("a reader that takes nothing for 30 seconds is closed, and finds everything when it joins again", async () => {
