@@ -893,7 +893,7 @@ function checkJoin({ username, since, time, key, password }: Record<string, unkn
   return { event: "join", username: name, since, time, key, password };
 }
 
-const INVISIBLE = /[[\p{Cc}\p{Cf}\p{Default_Ignorable_Code_Point}\u2800\u{16fe4}\u{1d159}]--[\t-\r]]/gv;
+const INVISIBLE = /[[\p{C}\p{Default_Ignorable_Code_Point}\u2800\ufffc\u{16fe4}\u{1d159}]--[\t-\r]]/gv;
 
 /** JSON that costs little to parse, however long it is: 24 strings at most, and little between them. */
 const FEW_VALUES = /^[^"]{0,64}(?:"[^"\\]*(?:\\.[^"\\]*)*"[^"]{0,64}){0,24}$/s;

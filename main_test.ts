@@ -579,6 +579,7 @@ test("a name is cleaned, then normalised, and a message is kept as it was typed"
   };
   assertEquals(await said(" A\u0000d\u200ba\u202e \n\t Love\u2028lace\u00ad ", "x"), ["Ada Love lace", "x"]);
   assertEquals(await said("Jose\u200d\u0301", "x"), ["Jos\u00e9", "x"]);
+  assertEquals(await said("Ada\ufffc\ufb37\ue000", "x"), ["Ada", "x"]); // a blank, or none at all, in many fonts
   assertEquals(await said("Ada", "\n  a\n\n  b\u202e \u200b"), ["Ada", "a\n\n  b\u202e \u200b"]);
   assertEquals(await said("Ada", "a\u0000b\ud800c"), ["Ada", "a\ufffdb\ufffdc"]);
   assertEquals(await said("Ada", '"\\\u2028</script>\u0007'), ["Ada", '"\\\u2028</script>\u0007']);
@@ -2833,6 +2834,30 @@ pageTest("shows what is nothing but markup without a thousand elements", async (
   assert(await run(({ texts }, all) => texts.includes(all.trim()), texts[0]));
 });
 
+pageTest("shows of a link where it leads", async ({ run, guest, enter, until }) => {
+  await enter("Ada");
+  const eve = await guest("Eve");
+  const reversed = (text: string) => [...text].reverse().join("");
+  await eve.say(
+    `\u202ehttps://evil.example/${reversed("https://www.bank.example/")}`,
+    "https://www.bank.example@evil.example/ and https://a.example/@b",
+  );
+  await until(({ texts }) => texts.length === 2);
+  const links = await run(({ all }) =>
+    all("[role=log] a").map((node) => {
+      const range = document.createRange(), { firstChild } = node, { length } = firstChild!.textContent!;
+      const left = [0, length - 1].map((at) => {
+        range.setStart(firstChild!, at);
+        range.setEnd(firstChild!, at + 1);
+        return range.getBoundingClientRect().left;
+      });
+      return [(node as HTMLAnchorElement).href, left[0] < left[1]];
+    })
+  );
+  assertEquals(links.map(([, forwards]) => forwards), [true, true]);
+  assertEquals(links[1][0], "https://a.example/@b");
+});
+
 pageTest("asks for a missing name and keeps the message", async ({ browser, url, run, type, click, press, until }) => {
   await browser.goTo(url);
   await until(({ status }) => status === "Connected");
@@ -3076,6 +3101,19 @@ pageTest("shows a refused message with the reason, and gives it back", async (pa
   assertEquals(await run(() => JSON.parse(sessionStorage["chat.outbox"])), []);
 });
 
+pageTest("sends again what is not answered", async ({ run, enter, until, say }) => {
+  await enter("Ada");
+  await run(({ kept }) => {
+    kept.send = WebSocket.prototype.send;
+    WebSocket.prototype.send = function (frame) {
+      if (`${frame}`.includes("send_message")) WebSocket.prototype.send = kept.send;
+      else kept.send.call(this, frame);
+    };
+  });
+  await say("lost on the way");
+  await until(({ isSettled, texts }) => isSettled && texts.join() === "lost on the way");
+});
+
 pageTest("sends by itself what came too fast", async ({ run, enter, until }) => {
   await enter("Ada");
   await run((page, texts) => {
@@ -3317,6 +3355,21 @@ pageTest("knows its own messages by their tag, whatever the names", async (page)
   await until(isRight);
 });
 
+pageTest("tells apart those whose names look the same", async ({ chat, run, enter, until }) => {
+  await enter("Lin");
+  const names = ["Ada", "\u0410d\u0430", "\u0391da", "\uff21da", "AI", "Al", "Grace"];
+  const tags: (string | undefined)[] = [];
+  for (const [i, username] of names.entries()) {
+    await using client = await Client.open(chat, { username, key: `the-key-of-number-${i}` });
+    tags.push((await client.say(`by ${i}`)).tag);
+  }
+  await until(({ texts }) => texts.length === 7);
+  const marks = await run(({ all }) => all("[role=log] small").map((node) => node.textContent!.trim()));
+  assertEquals(marks, [...tags.slice(0, 6), ""]);
+  const hues = await run(({ all }) => all(".bubble").map((node) => node.style.getPropertyValue("--hue")));
+  assertEquals(new Set(hues.slice(0, 4)).size, 4);
+});
+
 pageTest("tells the room the last of many names", async ({ browser, run, enter, guest, until }) => {
   const ada = await guest("Ada");
   await enter("Name 0");
@@ -3330,7 +3383,7 @@ pageTest("tells the room the last of many names", async ({ browser, run, enter, 
   }, numbered(14, "Name"));
   await until(({ people, words }) => people.join() === "Name 14,Ada" && /Name 14 \(you\)/.test(words));
   ada.send({ event: "join", username: "Grace" });
-  await until(({ words }) => /Ada is now Grace/.test(words));
+  await until(({ words }) => /Grace came, Ada left/.test(words));
   await browser.goTo("about:blank");
 }, { rateLimit: 20 });
 
@@ -3461,6 +3514,25 @@ pageTest(
   },
   BOTH,
 );
+
+pageTest("sends a message that ends in a name, whoever else has a longer one", async (page) => {
+  const { guest, enter, until, say } = page;
+  await guest("Ada");
+  await guest("Adam");
+  await enter("Grace");
+  await until(({ people }) => people.length === 3);
+  await say("a secret for @ada");
+  await until(({ isSettled, texts }) => isSettled && texts.join() === "a secret for @ada");
+});
+
+pageTest("replaces a key that cannot be one", async ({ browser, run, enter, until, say }) => {
+  await enter("Ada");
+  await run(() => localStorage.setItem("chat.key", "5"));
+  await browser.reload();
+  await until(({ status }) => status === "Connected");
+  await say("Hi");
+  await until(({ isSettled, texts }) => isSettled && texts.join() === "Hi");
+});
 
 pageTest("copies code, and the address of an empty room", async ({ run, guest, enter, click, until, url }) => {
   const ada = await guest("Ada");

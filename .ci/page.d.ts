@@ -126,7 +126,14 @@ interface Outbox {
   sent: Set<string>;
 }
 
-/** The messages. Places are numbers of messages. */
+/**
+ * The messages. Places are numbers of messages:
+ *
+ *     oldest   mark    history  passed  caughtUp  newest
+ *       ├────── the room keeps these ───────────────┤
+ *         ├─ page ─┤                     ├── tail ──┤
+ *              ├── rows: what is looked at ──┤
+ */
 interface Log {
   /** The newest. */
   tail: Message[];
@@ -166,7 +173,7 @@ interface People {
   users: Set<string>;
   /** Whether the list has to be drawn again. */
   stale: boolean;
-  /** Who uses a name: a colour for each tag. */
+  /** Who uses a name, or one that looks like it: a colour for each tag. */
   known: Map<string, Map<string, number>>;
   /** Until when each is said to type. */
   typing: Map<string, number>;
