@@ -203,7 +203,8 @@ class Room {
       this.#clients.add(client); // again, if it took long
       if (this.#isClosed) return client.close(1001, "the server is going away");
       if (!this.settings.password) client.place = this.log.head;
-      client.timer = setTimeout(() => client.place < Infinity || client.close(1008, "no password in time"), deadline);
+      const end = () => client.place < Infinity || client.close(1008, "no password in time");
+      client.timer = setTimeout(() => client.timer = setTimeout(end, GRACE), deadline); // after a stall, what came is read first
     };
     socket.onmessage = ({ data }) => this.#requests.receive(client, data);
     socket.onclose = () => {
@@ -491,7 +492,7 @@ class Requests {
 
   #accept(client: Client, message: Message): void {
     const { id = "", username } = message, { log, store } = this.room, seq = log.ids.get(id) ?? 0;
-    if (seq === Infinity) return store.hand(id, client);
+    if (typeof seq === "object") return void (seq.sender = client); // who is told if there is no room
     if (seq > client.place) return; // it comes in its turn
     if (seq >= log.oldest) return void client.send(log.line(seq)); // an id may outlive its message
     if (client.tag) message.body = `${message.body.slice(0, -1)},"tag":"${client.tag}"}`;
@@ -546,7 +547,7 @@ type Batch = { first: number; last: number; lines: string[]; text: string; bytes
 class Log {
   head = 0; // the number of the newest message
   oldest = 1; // that of the oldest, or of the next if there is none
-  readonly ids = new Map<string, number>(); // the message that an id names: Infinity while it is not written
+  readonly ids = new Map<string, number | Queued>(); // the message that an id names, by its number once it is written
   #lines: string[] = [];
   newest?: Batch; // what nearly every client is sent next
   constructor(readonly history: number) {}
@@ -585,7 +586,11 @@ class Log {
     this.#lines.push(...batch.lines);
     this.#lines.splice(0, this.#lines.length - this.history);
     this.oldest = this.head - this.#lines.length + 1;
-    for (const [i, id] of ids.entries()) if (id) put(this.ids, id, batch.first + i, (seq) => seq < this.oldest);
+    for (const [i, id] of ids.entries()) {
+      if (id) {
+        put(this.ids, id, batch.first + i, (seq) => seq as number < this.oldest);
+      }
+    }
   }
 
   restart(head: number): void {
@@ -593,7 +598,7 @@ class Log {
     this.oldest = head + 1;
     this.#lines = [];
     this.newest = undefined;
-    for (const [id, seq] of this.ids) if (seq < Infinity) this.ids.delete(id);
+    for (const [id, seq] of this.ids) if (typeof seq === "number") this.ids.delete(id);
   }
 }
 
@@ -616,7 +621,7 @@ class Store {
   isClosed = false; // nothing more is started
   working?: Promise<void>; // pending while there is anything to read or to write
   readonly #buffer = new Uint8Array(MAX_VALUE);
-  #version: string | null = null; // the versionstamp of the head
+  #version: string | null = ""; // the versionstamp of the head, null if there is none; before it was read, another
   #entries: number[] = []; // the first messages of the entries that the database holds
   #queue: Queued[] = [];
   #round = 0; // that of the last message taken from the queue
@@ -642,18 +647,13 @@ class Store {
   /** Queues a message, before what others say who have more in the queue. Returns the last one if there are too many. */
   append(message: Message, sender: Client): Queued | undefined {
     const round = sender.round = Math.max(sender.round, this.#round) + 1;
-    const at = this.#queue.findLastIndex((queued) => queued.round <= round) + 1;
-    this.#queue.splice(at, 0, { ...message, sender, round });
-    if (message.id) this.log.ids.set(message.id, Infinity);
+    const queued = { ...message, sender, round }, at = this.#queue.findLastIndex((other) => other.round <= round) + 1;
+    this.#queue.splice(at, 0, queued);
+    if (message.id) this.log.ids.set(message.id, queued);
     this.working ??= this.#loop();
     const excess = this.#queue.length > MAX_QUEUE ? this.#queue.pop() : undefined;
     if (excess?.id) this.log.ids.delete(excess.id);
     return excess;
-  }
-
-  /** Lets another connection of its sender have the answer to what is in the queue. */
-  hand(id: string, sender: Client): void {
-    for (const queued of this.#queue) if (queued.id === id) queued.sender = sender;
   }
 
   /** Brings the log up to date with the database: at once, or if its head is not at this version, soon. */
@@ -751,7 +751,7 @@ class Store {
       if (this.#version) this.#entries.splice(0, this.#entries.length - 2 * this.log.history); // others deleted those
       this.#entries.push(first);
       this.log.add({ first, last: first + lines.length - 1, lines, text, bytes: 3 * text.length }, ids);
-      this.#queue = this.#queue.filter(({ id }) => !id || this.log.ids.get(id) === Infinity); // before it can come again
+      this.#queue = this.#queue.filter((queued) => !queued.id || this.log.ids.get(queued.id) === queued);
       await this.written(accepted);
     }
   }

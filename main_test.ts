@@ -1401,6 +1401,8 @@ test("what the entries hold is the log, whatever the head says", async () => {
     assertEquals((await reader.ended()).code, 1013); // it goes on where it was
     await speak();
     assertEquals(texts(await everything(chat)), said);
+    await chat.shutdown();
+    await kv.delete(["chat", "head"]);
   }
 });
 
@@ -2086,6 +2088,14 @@ test("a handshake during which the process stood still makes a client like any o
   using late = await Raw.connect(chat.addr.port, ...HANDSHAKE);
   assertEquals(await late.status(), 503);
   assertEquals((await stranger.ended()).code, 1008);
+});
+
+test("a password that came in time counts, also if the process stood still meanwhile", async () => {
+  await using chat = await start({ idleTimeout: 1, password: "secret" });
+  await using ada = await Client.open(chat);
+  ada.send({ event: "join", username: "Ada", password: "secret" });
+  Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0, 1500);
+  await ada.has(is("joined"));
 });
 
 test("a long Accept-Encoding holds nobody up", async () => {
