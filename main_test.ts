@@ -2778,14 +2778,14 @@ pageTest("links http and https addresses and nothing else", async ({ run, guest,
   await ada.say(
     "javascript:alert(1) data:text/html,x JaVaScRiPt://x/%0aalert(1) file:///etc/passwd",
     "See https://a.example/x_(y), (http://b.example/?q=1) and HTTPS://C.example!",
-    "http:// https://% https://a.example\u202egnp.exe",
+    "http:// https://% https://a.example/\u202egnp.exe https://a.example\u202egnp.exe",
   );
   await enter("Grace");
   await until(({ texts }) => texts.length === 3);
   const links = await run(({ log }) =>
     [...log.querySelectorAll("a")].map((a) => [a.textContent, a.target, a.rel, a.protocol.replace("s:", ":")])
   );
-  const shown = ["https://a.example/x_(y)", "http://b.example/?q=1", "HTTPS://C.example", "https://a.example"];
+  const shown = ["https://a.example/x_(y)", "http://b.example/?q=1", "HTTPS://C.example", "https://a.example/"];
   assertEquals(links, shown.map((text) => [text, "_blank", "noopener noreferrer", "http:"]));
 });
 
@@ -2850,9 +2850,10 @@ pageTest("shows of a link where it leads", async ({ run, guest, enter, until }) 
   const reversed = (text: string) => [...text].reverse().join("");
   await eve.say(
     `\u202ehttps://evil.example/${reversed("https://www.bank.example/")}`,
-    "https://www.bank.example@evil.example/ and https://a.example/@b",
+    "https://www.bank.example@evil.example/ https://\u0430.example/ https://bank.example\u2215.evil.example/",
+    "https://a.example/@b\u00e9",
   );
-  await until(({ texts }) => texts.length === 2);
+  await until(({ texts }) => texts.length === 3);
   const links = await run(({ all }) =>
     all("[role=log] a").map((node) => {
       const range = document.createRange(), { firstChild } = node, { length } = firstChild!.textContent!;
@@ -2865,7 +2866,27 @@ pageTest("shows of a link where it leads", async ({ run, guest, enter, until }) 
     })
   );
   assertEquals(links.map(([, forwards]) => forwards), [true, true]);
-  assertEquals(links[1][0], "https://a.example/@b");
+  assertEquals(links[1][0], "https://a.example/@b%C3%A9");
+});
+
+pageTest("compares no name with every message", async ({ chat, run, enter, until }) => {
+  await enter("Ada");
+  await run(({ kept }) => {
+    const { normalize } = String.prototype;
+    kept.seen = [0];
+    String.prototype.normalize = function (form) {
+      kept.seen[0]++;
+      return normalize.call(this, form);
+    };
+  });
+  for (const key of ["the-key-of-the-first", "the-key-of-the-other"]) {
+    await using client = await Client.open(chat, { username: "Eve", key });
+    for (const username of numbered(300, "Name")) client.send({ username, message: "Hi" });
+    await client.say(key);
+    await until(({ texts }, key) => texts.at(-1) === key, key);
+  }
+  const times = await run(({ kept }) => kept.seen[0]);
+  assert(times < 5 * 600, `${times} times for 600 messages`);
 });
 
 pageTest("asks for a missing name and keeps the message", async ({ browser, url, run, type, click, press, until }) => {
@@ -3367,15 +3388,19 @@ pageTest("knows its own messages by their tag, whatever the names", async (page)
 
 pageTest("tells apart those whose names look the same", async ({ chat, run, enter, until }) => {
   await enter("Lin");
-  const names = ["Ada", "\u0410d\u0430", "\u0391da", "\uff21da", "AI", "Al", "Grace"];
+  const alike = [["Ada", "\u0410d\u0430", "\u0391da", "\uff21da"], ["AI", "Al"], ["Nina", "\u039dina"], [
+    "Zoe\u0308",
+    "Zo\u0451",
+  ]];
+  const names = [...alike.flat(), "Grace", "Ada s-BWkdfZISBH"];
   const tags: (string | undefined)[] = [];
   for (const [i, username] of names.entries()) {
     await using client = await Client.open(chat, { username, key: `the-key-of-number-${i}` });
     tags.push((await client.say(`by ${i}`)).tag);
   }
-  await until(({ texts }) => texts.length === 7);
+  await until(({ texts }, length) => texts.length === length, names.length);
   const marks = await run(({ all }) => all("[role=log] small").map((node) => node.textContent!.trim()));
-  assertEquals(marks, [...tags.slice(0, 6), ""]);
+  assertEquals(marks, tags.with(-2, "")); // the last looks like the first with its tag
   const hues = await run(({ all }) => all(".bubble").map((node) => node.style.getPropertyValue("--hue")));
   assertEquals(new Set(hues.slice(0, 4)).size, 4);
 });
@@ -3527,12 +3552,15 @@ pageTest(
 
 pageTest("sends a message that ends in a name, whoever else has a longer one", async (page) => {
   const { guest, enter, until, say } = page;
-  await guest("Ada");
-  await guest("Adam");
+  for (const name of ["Ada", "Adam", "Ada Lovelace", "\u0130pek"]) await guest(name);
   await enter("Grace");
-  await until(({ people }) => people.length === 3);
-  await say("a secret for @ada");
-  await until(({ isSettled, texts }) => isSettled && texts.join() === "a secret for @ada");
+  await until(({ people }) => people.length === 5);
+  for (const text of ["a secret for @ada", "for @Ada "]) {
+    await say(text);
+    await until(({ isSettled, texts }, text) => isSettled && texts.at(-1) === text, text.trim());
+  }
+  await page.type("Message", "hello @\u0130p\uE004");
+  assertEquals(await page.run((page) => page.field("Message").value), "hello @\u0130pek ");
 });
 
 pageTest("replaces a key that cannot be one", async ({ browser, run, enter, until, say }) => {

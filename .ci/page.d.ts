@@ -72,6 +72,9 @@ interface Row extends HTMLElement {
   message: Message;
   above?: Message;
   stamp?: number;
+  /** Who uses its name, with a colour for each tag, and whether several were known when it was dressed. */
+  tags: Map<string, number>;
+  several?: boolean;
 }
 
 /** This person. */
