@@ -36,7 +36,7 @@ export async function startChat(options: ChatOptions = {}): Promise<Chat> {
   const settings = resolveSettings(options), { port, hostname, db, tlsCert, tlsKey } = settings;
   const [cert, key] = await Promise.all([tlsCert, tlsKey].map((path) => path && Deno.readTextFile(path)));
   const servePage = pageServer(settings.title), ending = new AbortController();
-  let room: Room | undefined, listener: ReturnType<typeof listen> | undefined;
+  let room: Room | undefined, listener: ReturnType<typeof listen> | undefined, ended: Promise<void> | undefined;
   const opening = (async () => { // until the log is read, the page is served and sockets wait
     room = new Room(typeof db === "object" ? db : await Deno.openKv(db), settings);
     await room.open();
@@ -54,11 +54,12 @@ export async function startChat(options: ChatOptions = {}): Promise<Chat> {
     const trouble = room ? room.store.trouble : OPENING;
     return trouble ? respond(503, trouble) : respond(200, room?.isFull(address) ? "full" : "ok");
   };
-  const shutdown = once(async () => {
-    await room?.close().catch(report);
-    ending.abort();
-    await withTimeout(GRACE, listener?.ended);
-  });
+  const shutdown = () =>
+    ended ??= (async () => {
+      await room?.close().catch(report);
+      ending.abort();
+      await withTimeout(GRACE, listener?.ended);
+    })();
   try {
     listener = listen({ port, hostname, ...tlsCert && { cert, key }, signal: ending.signal }, handler);
     await opening;
@@ -76,6 +77,8 @@ const respond = (status: number, body: string, headers?: HeadersInit) => new Res
 function upgrade(request: Request, address: string | undefined, room: Room): Response {
   if (!isAllowed(request, room.settings)) return respond(403, "This page may not connect");
   if (room.isFull(address)) return respond(503, "The room is full", { "retry-after": "30" });
+  const isRushed = room.settings.rateLimit > 0 && address && spendFor(address, room.handshakes, HANDSHAKES) > 0;
+  if (isRushed) return respond(503, "Too many handshakes", { "retry-after": "1" }); // they starve those who are in
   let upgraded: Deno.WebSocketUpgrade;
   try {
     upgraded = Deno.upgradeWebSocket(request, { idleTimeout: room.settings.idleTimeout });
@@ -104,7 +107,7 @@ function pageServer(title: string): (request: Request) => Promise<Response> {
     const content = html.match(new RegExp(`<${tag}[^>]*>([^]*?)</${tag}>`))?.[1] ?? "";
     return `${tag}-src 'sha256-${(await sha256(content)).toBase64()}'; `;
   };
-  const headers = once(async () => ({
+  const making = (async () => ({
     "content-type": "text/html; charset=utf-8",
     "cache-control": "no-cache",
     "content-security-policy": "default-src 'none'; " + await hash("script") + await hash("style") +
@@ -116,18 +119,17 @@ function pageServer(title: string): (request: Request) => Promise<Response> {
     "referrer-policy": "no-referrer",
     "vary": "accept-encoding",
     "x-content-type-options": "nosniff",
-  }));
-  const compressed = (method: "brotliCompress" | "gzip") =>
-    once(async () => { // smaller by a tenth than what `CompressionStream` makes
-      const [zlib, { promisify }] = await Promise.all([import("node:zlib"), import("node:util")]);
-      return new Uint8Array(await promisify<string, Uint8Array>(zlib[method])(html));
-    });
-  const bodies = { br: compressed("brotliCompress"), gzip: compressed("gzip") };
+  }))();
+  const compress = async (coding: "br" | "gzip") => { // smaller by a tenth than what `CompressionStream` makes
+    const [zlib, { promisify }] = await Promise.all([import("node:zlib"), import("node:util")]);
+    return new Uint8Array(await promisify<string, Uint8Array>(zlib[coding === "br" ? "brotliCompress" : coding])(html));
+  };
+  const bodies: Partial<Record<string, ReturnType<typeof compress>>> = {};
   return async (request) => {
     const codings = (request.headers.get("accept-encoding") ?? "").split(",").map((coding) => coding.trim());
-    const coding = (["br", "gzip"] as const).find((coding) => codings.includes(coding));
-    if (!coding) return new Response(html, { headers: await headers() });
-    return new Response(await bodies[coding](), { headers: { ...await headers(), "content-encoding": coding } });
+    const coding = (["br", "gzip"] as const).find((coding) => codings.includes(coding)), headers = await making;
+    const body = coding ? await (bodies[coding] ??= compress(coding)) : html;
+    return new Response(body, { headers: coding ? { ...headers, "content-encoding": coding } : headers });
   };
 }
 
@@ -152,7 +154,7 @@ function listen(options: Deno.ServeTcpOptions & { signal: AbortSignal }, handler
 const MAX_COPIES = 128 * 1024; // bytes handed to sockets before yielding to the event loop
 const MAX_FRAMES = 2000; // frames with one message each that the next commit waits for
 const TICK = 50; // ms between looks at what is new, here and in the database
-const DEADLINE = 10_000; // ms a client has to complete the handshake, and to give the password
+const HANDSHAKES = 100, DEADLINE = 10_000; // a second and address; ms to complete one, and to give the password
 const EXCHANGE_EVERY = 20, PAID_EVERY = 200; // looks until presence is exchanged; until a remote database is read, which is billed
 const GRACE = 380; // ms that a shutdown waits for each of the log, the clients, the database, the listener, and the terminal
 /** Everyone who is connected, and what they are sent. */
@@ -163,6 +165,7 @@ class Room {
   readonly presence: Presence;
   readonly #requests = new Requests(this);
   readonly #debts = new Map<string, Bucket>(); // for messages, of addresses whose clients left
+  readonly handshakes = new Map<string, Bucket>(); // of addresses
   readonly #emptied = Promise.withResolvers<void>(); // when the last client has gone, at the end
   #ticking?: ReturnType<typeof setInterval>;
   #catchingUp?: Promise<void>;
@@ -337,6 +340,13 @@ function put<T>(map: Map<string, T>, key: string, value: T, isOver: (value: T) =
   }
 }
 
+/** Takes a token of an address and returns 0, or returns the milliseconds until there is one. */
+function spendFor(address: string, buckets: Map<string, Bucket>, rate: number): number {
+  const bucket = buckets.get(address) ?? new Bucket(rate), wait = bucket.spend();
+  put(buckets, address, bucket, isRefilled);
+  return wait;
+}
+
 /** A connection: its socket, its place in the log, and what it may still ask for. */
 class Client {
   /** The number of the last message sent. Infinity while it may not read: without the password, or once closed. */
@@ -438,8 +448,7 @@ class Requests {
     const size = typeof frame === "string" ? frame.length : frame.byteLength;
     const isBig = size > MAX_FRAME || 3 * size > MAX_FRAME && isText(frame) && ENCODER.encode(frame).length > MAX_FRAME;
     if (isBig) return client.close(1009, `a frame may have ${MAX_FRAME} bytes`);
-    if (!this.#pay(client, "frame", undefined, 1 + size / 1024)) return;
-    this.#do(client, frame);
+    if (this.#pay(client, "frame", undefined, 1 + size / 1024)) this.#do(client, frame);
   }
 
   #do(client: Client, frame: string | ArrayBuffer): void {
@@ -472,10 +481,9 @@ class Requests {
 
   #pay(client: Client, limit: Limit, id?: string, price?: number): boolean {
     const wait = this.#spend(client, limit, price);
-    if (wait === 0) return true;
     const what = { send_message: "messages", frame: "frames" }[limit as string] ?? `${limit} requests`;
-    this.#refuse(client, refusal(`too many ${what}`, id, wait));
-    return false;
+    if (wait > 0) this.#refuse(client, refusal(`too many ${what}`, id, wait));
+    return wait === 0;
   }
 
   #spend(client: Client, limit: Limit, price?: number): number {
@@ -530,12 +538,11 @@ class Requests {
     const { address = "" } = client, hash = async (text: string) => (await sha256(this.#salt + text)).toBase64();
     if (join.password === undefined) return client.close(1008, "this room has a password");
     const isRight = await hash(join.password) === await hash(this.room.settings.password);
-    const guesses = this.#guesses.get(address) ?? new Bucket(GUESSES);
-    if (guesses.wait() > 0) return client.close(1013, "too many wrong passwords, try again later", PASSWORD_DELAY);
+    const wait = this.#guesses.get(address)?.wait() ?? 0;
+    if (wait > 0) return client.close(1013, "too many wrong passwords, try again later", PASSWORD_DELAY);
     if (isRight) return await this.#admit(client, join);
     client.close(1008, "wrong password", PASSWORD_DELAY);
-    guesses.spend();
-    if (address) put(this.#guesses, address, guesses, isRefilled);
+    if (address) spendFor(address, this.#guesses, GUESSES);
   }
 }
 
@@ -552,9 +559,7 @@ class Log {
   newest?: Batch; // what nearly every client is sent next
   constructor(readonly history: number) {}
 
-  line(seq: number): string {
-    return this.#lines[seq - this.oldest];
-  }
+  readonly line = (seq: number): string => this.#lines[seq - this.oldest];
 
   after(seq: number): Batch | undefined {
     const first = seq + 1, start = first - this.oldest;
@@ -1009,11 +1014,6 @@ const wait = (ms: number) => new Promise<void>((resolve) => setTimeout(resolve, 
 async function withTimeout(ms: number, promise: Promise<unknown> | undefined): Promise<void> {
   const late = Promise.withResolvers<void>(), timer = setTimeout(late.resolve, ms);
   await Promise.race([promise, late.promise]).finally(() => clearTimeout(timer));
-}
-
-function once<T>(make: () => Promise<T>): () => Promise<T> {
-  let made: Promise<T> | undefined;
-  return () => made ??= make();
 }
 
 const sha256 = async (text: string) => new Uint8Array(await crypto.subtle.digest("SHA-256", ENCODER.encode(text)));

@@ -2098,6 +2098,26 @@ test("a password that came in time counts, also if the process stood still meanw
   await ada.has(is("joined"));
 });
 
+test("an address that connects again and again is refused for a while, and nobody else is", async () => {
+  await using chat = await start({ rateLimit: 20, trustProxy: true });
+  const come = async (address: string) => {
+    using raw = await Raw.connect(chat.addr.port, ...HANDSHAKE, `X-Forwarded-For: ${address}`);
+    return await raw.head();
+  };
+  {
+    const now = performance.now();
+    using _still = patch(performance, "now", () => now); // so that nothing is forgiven meanwhile
+    for (let i = 0; i < 10; i++) {
+      const heads = await Promise.all(count(1, 50).map(() => come("192.0.2.1")));
+      for (const head of heads) assertMatch(head, /^HTTP\/1.1 101 /);
+    }
+    assertMatch(await come("192.0.2.1"), /^HTTP\/1.1 503 [^]*\r\nretry-after: 1\r\n/i);
+  }
+  assertMatch(await come("192.0.2.2"), /^HTTP\/1.1 101 /);
+  using _later = later(1000);
+  assertMatch(await come("192.0.2.1"), /^HTTP\/1.1 101 /);
+});
+
 test("a long Accept-Encoding holds nobody up", async () => {
   await using chat = await start();
   await using ada = await Client.open(chat);
