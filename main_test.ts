@@ -2889,6 +2889,34 @@ pageTest("shows of a link where it leads", async ({ run, guest, enter, until }) 
   assertEquals(links[1][0], "https://a.example/@b%C3%A9");
 });
 
+pageTest("keeps the place of a reader when names above get tags", async ({ browser, chat, run, enter, until }) => {
+  const username = "Lin Chen-Wu of Engineering", key = "the-key-of-the-first";
+  {
+    await using lin = await Client.open(chat, { username, key });
+    await using grace = await Client.open(chat, { username: "Grace" });
+    for (const text of numbered(30)) {
+      await lin.say(text);
+      await grace.say("between");
+    }
+  }
+  await enter("Ada");
+  await browser.resize(390, 844);
+  await until(({ texts }) => texts.length > 39);
+  await run(({ log }) => log.scrollTop -= 1500);
+  const place = () =>
+    run(({ articles, log }) => {
+      const top = log.getBoundingClientRect().top;
+      const seen = articles.find((node) => node.getBoundingClientRect().bottom > top + 50)!;
+      return [seen.innerText.match(/message \d+|between/)?.[0], Math.round(seen.getBoundingClientRect().bottom)];
+    });
+  await until(({ texts, isAtEnd }) => texts.length === 60 && !isAtEnd);
+  const before = await place(), height = await run(({ log }) => log.scrollHeight);
+  await using other = await Client.open(chat, { username, key: "the-key-of-the-other" });
+  await other.say("Hi");
+  await until(({ log }, height) => log.scrollHeight > height + 200, height);
+  assertEquals(await place(), before);
+});
+
 pageTest("compares no name with every message", async ({ chat, run, enter, until }) => {
   await enter("Ada");
   await run(({ kept }) => {
@@ -3220,6 +3248,21 @@ pageTest("leaves the room when another page is shown in its place, until it is s
   await ada.say("meanwhile");
   await turn("pageshow");
   await until(({ status, texts }) => status === "Connected" && texts.join() === "meanwhile");
+});
+
+pageTest("keeps what another page of the tab wrote when it is shown again", async (page) => {
+  const { run, enter, until } = page;
+  await enter("Ada");
+  await run(() => {
+    sessionStorage.setItem("chat.draft", JSON.stringify("a longer draft"));
+    const entry = { seq: 0, id: "by-the-other-page", time: Date.now(), username: "Ada", message: "by the other page" };
+    sessionStorage.setItem("chat.outbox", JSON.stringify([entry]));
+    dispatchEvent(new PageTransitionEvent("pagehide", { persisted: true }));
+    dispatchEvent(new PageTransitionEvent("pageshow", { persisted: true }));
+  });
+  await until(({ texts, isSettled, field }) =>
+    isSettled && texts.join() === "by the other page" && field("Message").value === "a longer draft"
+  );
 });
 
 pageTest("tells nobody a name that is not finished", async ({ browser, url, run, type, guest, until }) => {
