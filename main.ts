@@ -94,9 +94,8 @@ function isAllowed({ headers }: Request, { allowedOrigins, tlsCert, trustProxy }
   const origin = headers.get("origin");
   if (origin === null || allowedOrigins.includes(origin)) return true;
   const isSecure = tlsCert || trustProxy && headers.get("x-forwarded-proto") === "https";
-  const scheme = URL.parse(origin)?.protocol;
-  if (scheme !== "https:" && (scheme !== "http:" || isSecure)) return false;
-  return URL.parse(`${scheme}//${headers.get("host")}`)?.origin === origin; // an origin has no default port
+  const scheme = URL.parse(origin)?.protocol, isSafe = scheme === "https:" || scheme === "http:" && !isSecure;
+  return isSafe && URL.parse(`${scheme}//${headers.get("host")}`)?.origin === origin; // an origin has no default port
 }
 
 /** Returns a handler that serves the page, which may run its own script and style and talk to its own server only. */
@@ -151,8 +150,7 @@ function listen(options: Deno.ServeTcpOptions & { signal: AbortSignal }, handler
 }
 
 // ──────────────────────────────────────────────────── The room ────────────────────────────────────────────────────
-const MAX_COPIES = 128 * 1024; // bytes handed to sockets before yielding to the event loop
-const MAX_FRAMES = 2000; // frames with one message each that the next commit waits for
+const MAX_COPIES = 128 * 1024, MAX_FRAMES = 2000; // bytes sent before a turn of the event loop; frames of one message before a commit
 const TICK = 50; // ms between looks at what is new, here and in the database
 const HANDSHAKES = 100, DEADLINE = 10_000; // a second and address; ms to complete one, and to give the password
 const EXCHANGE_EVERY = 20, PAID_EVERY = 200; // looks until presence is exchanged; until a remote database is read, which is billed
@@ -310,15 +308,13 @@ class Room {
 
 // ──────────────────────────────────────────────────── A client ────────────────────────────────────────────────────
 const MAX_UNSENT = 1024 * 1024, FRAME_COST = 1024; // bytes waiting for a client until it is fed no more; besides its text
-const STALL = 30_000; // ms without progress after which such a client is closed
-const BURST = 5000; // capacity of a bucket, in ms of refill
+const STALL = 30_000, BURST = 5000; // ms without progress until such a client is closed; capacity of a bucket, in ms of refill
 /** A token bucket. Its only state is the time at which it is full again, in ms since the process began. */
 class Bucket {
   constructor(readonly rate: number, public fullAt = 0) {} // tokens a second
 
   wait(price = 1): number {
-    const now = performance.now();
-    return Math.max(0, Math.ceil(Math.max(this.fullAt, now) + 1000 * price / this.rate - now - BURST));
+    return Math.max(0, Math.ceil(Math.max(0, this.fullAt - performance.now()) + 1000 * price / this.rate - BURST));
   }
 
   /** Takes `price` tokens and returns 0, or returns the milliseconds until there are that many. */
@@ -357,7 +353,7 @@ class Client {
   waiting?: (string | ArrayBuffer)[]; // during a join: the frames that arrived since
   needsRoster = false; // it has to be told who is here, not only what changed
   isClosed = false; // nothing is read from it or sent to it any more
-  round = 0; // of its last message in the queue
+  due = 0; // of its last message in the queue
   timer?: ReturnType<typeof setTimeout>; // closes it later
   readonly buckets: Partial<Record<Limit, Bucket>> = {}; // what it may still ask for
   #unsent = 0; // upper bound of the bytes that wait to be sent, and of what their frames cost
@@ -612,9 +608,8 @@ const LOG = ["chat", "log"]; // [...LOG, first] → an entry: its lines, joined,
 const ROSTERS = ["chat", "here"]; // [...ROSTERS, instance] → { online, users }
 const LAYOUT = 1; // version of these keys and values
 const MAX_VALUE = 64 * 1024; // bytes of one value in KV, and so of one entry
-const MAX_DELETES = 500, MAX_QUEUE = 8000; // entries that one commit deletes; messages that wait for the next
-const MAX_TURNS = 20; // turns of the event loop that arriving messages are waited for
-const HANGS = 5000; // ms after which the database is reported as not responding
+const MAX_DELETES = 500, MAX_QUEUE = 8000, MESSAGE_COST = 100; // entries in one commit; messages that wait; characters that each counts besides its own
+const MAX_TURNS = 20, HANGS = 5000; // turns that arriving messages are waited for; ms until the database is said not to respond
 /**
  * The log in Deno KV: what is accepted is written there, and what other instances write is read from there.
  *
@@ -629,7 +624,7 @@ class Store {
   #version: string | null = ""; // the versionstamp of the head, null if there is none; before it was read, another
   #entries: number[] = []; // the first messages of the entries that the database holds
   #queue: Queued[] = [];
-  #round = 0; // that of the last message taken from the queue
+  #due = 0; // that of the last message taken from the queue
   #uncertain?: string; // the entry of a commit that threw, and may have been written all the same
   #isBehind = true; // another instance has written, or may have
   #workedAt = 0; // when it last did what it had to, in ms since the process began
@@ -651,8 +646,13 @@ class Store {
 
   /** Queues a message, before what others say who have more in the queue. Returns the last one if there are too many. */
   append(message: Message, sender: Client): Queued | undefined {
-    const round = sender.round = Math.max(sender.round, this.#round) + 1;
-    const queued = { ...message, sender, round }, at = this.#queue.findLastIndex((other) => other.round <= round) + 1;
+    const due = sender.due = Math.max(sender.due, this.#due) + MESSAGE_COST + message.body.length;
+    const queued = { ...message, sender, due };
+    let [at, end] = [0, this.#queue.length];
+    while (at < end) {
+      const middle = at + end >> 1;
+      [at, end] = this.#queue[middle].due <= due ? [middle + 1, end] : [at, middle];
+    }
     this.#queue.splice(at, 0, queued);
     if (message.id) this.log.ids.set(message.id, queued);
     this.working ??= this.#loop();
@@ -700,7 +700,7 @@ class Store {
     const commit = this.kv.atomic().check({ key: HEAD, versionstamp: this.#version });
     commit.set(HEAD, { layout: LAYOUT, last }).set([...LOG, first], this.#buffer.subarray(0, bytes));
     for (const entry of expired) commit.delete([...LOG, entry]);
-    this.#round = this.#queue[lines.length - 1].round;
+    this.#due = this.#queue[lines.length - 1].due;
     this.#uncertain = text; // if this throws, the same entry is tried again until the outcome is known
     const result = await commit.commit();
     this.#isBehind ||= !result.ok;
@@ -856,7 +856,7 @@ const MAX_USERNAME = 40, MAX_MESSAGE = 2000; // UTF-16 units, as maxlength count
 const MAX_UNCLEAN = 3 * MAX_USERNAME; // UTF-16 units of a name before it is cleaned: normalizing is quadratic in the length
 /** A message that can be accepted. `body` is the end of its line on the wire; the start is known once it is written. */
 type Message = { event: "send_message"; username: string; message: string; id?: string; body: string };
-type Queued = Message & { sender: Client; round: number }; // each sender's first is next, then each one's second, and so on
+type Queued = Message & { sender: Client; due: number }; // in characters: each sender's next ones come after as many of each other's
 type Join = { event: "join"; username?: string; since?: number; time?: number; key?: string; password?: string };
 type Refusal = { event: "error"; error: string; id?: string; retry_after?: number }; // in milliseconds
 type Incoming = Message | Join | { event: "history"; before: number } | { event: "typing" | "ping" } | Refusal;

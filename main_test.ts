@@ -1278,6 +1278,26 @@ test("who says much waits for the others, and gives way to them where there is n
   assertEquals(texts(by("Ada")), texts(by("Ada")).toSorted((a, b) => +a - +b));
 });
 
+test("a short message does not wait for as many long ones", async () => {
+  using kv = await Deno.openKv(":memory:");
+  const { db, works } = held(kv);
+  await using chat = await start({ db });
+  const flooders = await Promise.all(count(1, 20).map(() => Client.open(chat)));
+  await using grace = await Client.open(chat);
+  for (const [i, client] of flooders.entries()) {
+    client.username = `${i}`;
+    for (const text of numbered(10, "x".repeat(1900))) client.send({ username: client.username, message: text });
+    await client.ask({ event: "ping" }, is("pong"));
+  }
+  for (const message of numbered(10)) grace.send({ username: "Grace", message });
+  await grace.ask({ event: "ping" }, is("pong"));
+  works.resolve();
+  await grace.until(() => grace.messages().length === 210);
+  const last = grace.messages().findLastIndex(({ username }) => username === "Grace");
+  assert(last < 70, `${last} messages came before`); // those that were written already, and one of each
+  for (const client of flooders) await client[Symbol.asyncDispose]();
+});
+
 test("who sends again through another connection is answered there", async () => {
   using kv = await Deno.openKv(":memory:");
   const { db, works } = held(kv);
