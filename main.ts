@@ -54,12 +54,12 @@ export async function startChat(options: ChatOptions = {}): Promise<Chat> {
     const trouble = room ? room.store.trouble : OPENING;
     return trouble ? respond(503, trouble) : respond(200, room?.isFull(address) ? "full" : "ok");
   };
-  const shutdown = () =>
-    ended ??= (async () => {
-      await room?.close().catch(report);
-      ending.abort();
-      await withTimeout(GRACE, listener?.ended);
-    })();
+  const end = async () => {
+    await room?.close().catch(report);
+    ending.abort();
+    await withTimeout(GRACE, listener?.ended);
+  };
+  const shutdown = () => ended ??= end();
   try {
     listener = listen({ port, hostname, ...tlsCert && { cert, key }, signal: ending.signal }, handler);
     await opening;
@@ -73,7 +73,6 @@ export async function startChat(options: ChatOptions = {}): Promise<Chat> {
 
 const OPENING = "The room is opening";
 const respond = (status: number, body: string, headers?: HeadersInit) => new Response(`${body}\n`, { status, headers });
-
 function upgrade(request: Request, address: string | undefined, room: Room): Response {
   if (!isAllowed(request, room.settings)) return respond(403, "This page may not connect");
   if (room.isFull(address)) return respond(503, "The room is full", { "retry-after": "30" });
@@ -176,7 +175,7 @@ class Room {
   #isClosed = false;
   constructor(readonly kv: Deno.Kv, readonly settings: Settings) {
     this.log = new Log(settings.history);
-    this.store = new Store(kv, this.log, (accepted) => this.#written(accepted));
+    this.store = new Store(kv, this.log, this);
     this.presence = new Presence(kv);
   }
 
@@ -240,17 +239,18 @@ class Room {
     });
   }
 
-  async #written(accepted: Message[]): Promise<void> {
+  /** Gives readers what is new after `from`, and logs what was accepted here. Returns the newest message. */
+  async written(accepted: Message[], from: number): Promise<number> {
     if (this.settings.log && accepted.length > 0) {
       const first = this.log.head - accepted.length + 1, [{ username, message }] = accepted;
       const one = `${first} from ${JSON.stringify(username)}, ${message.length} characters`;
       stdout.print(`Message received: ${accepted.length > 1 ? `${accepted.length} at once, from ${first} on` : one}`);
     }
-    const { first = 0, lines = [] } = this.log.newest ?? {};
     let sent = 0; // those who are behind do not hold up the rest, nor do those who get a frame for each message
-    const isNext = (client: Client) => client.joined || (sent += lines.length) <= MAX_FRAMES;
-    await this.#broadcast((client) => client.place >= first - 1 && isNext(client) ? client.feed() : 0).catch(report);
+    const isNext = (client: Client) => client.joined || (sent += this.log.head - from) <= MAX_FRAMES;
+    await this.#broadcast((client) => client.place >= from && isNext(client) ? client.feed() : 0).catch(report);
     this.catchUp();
+    return this.log.head;
   }
 
   /** Periodic work. The steps do not wait for each other: the database may hang, and a broadcast may take long. */
@@ -534,8 +534,7 @@ class Requests {
     const { address = "" } = client, hash = async (text: string) => (await sha256(this.#salt + text)).toBase64();
     if (join.password === undefined) return client.close(1008, "this room has a password");
     const isRight = await hash(join.password) === await hash(this.room.settings.password);
-    const wait = this.#guesses.get(address)?.wait() ?? 0;
-    if (wait > 0) return client.close(1013, "too many wrong passwords, try again later", PASSWORD_DELAY);
+    if (this.#guesses.get(address)?.wait()) return client.close(1013, "too many wrong passwords", PASSWORD_DELAY);
     if (isRight) return await this.#admit(client, join);
     client.close(1008, "wrong password", PASSWORD_DELAY);
     if (address) spendFor(address, this.#guesses, GUESSES);
@@ -630,8 +629,7 @@ class Store {
   #workedAt = 0; // when it last did what it had to, in ms since the process began
   #failures = 0; // in a row: two processes on one file may lock each other out for a moment
   #failure?: string = OPENING; // why messages cannot be written
-  /** `written` is called when the log has grown, with the messages that were accepted here. */
-  constructor(readonly kv: Deno.Kv, readonly log: Log, readonly written: (accepted: Message[]) => Promise<void>) {}
+  constructor(readonly kv: Deno.Kv, readonly log: Log, readonly room: Room) {}
 
   /** Reads the log. Throws what the database throws, and an `Error` for an entry that cannot be read. */
   async open(): Promise<void> {
@@ -711,7 +709,7 @@ class Store {
     this.#entries.push(first);
     const accepted = this.#queue.splice(0, lines.length);
     this.log.add({ first, last, lines, text, bytes }, accepted.map(({ id }) => id));
-    await this.written(accepted);
+    await this.room.written(accepted, first - 1);
     return true;
   }
 
@@ -736,7 +734,7 @@ class Store {
     if (last < this.log.head) { // the room was emptied
       this.#entries = [];
       this.log.restart(0);
-      await this.written([]);
+      await this.room.written([], 0);
     }
     await this.#read();
     if (this.log.head < last) { // what is missing was deleted: meanwhile, because so much was written, or by hand
@@ -749,16 +747,19 @@ class Store {
   }
 
   async #read(): Promise<void> {
+    let told = this.log.head; // the last message that readers were given: small entries are given together
     for await (const entry of this.kv.list<Uint8Array>({ prefix: LOG, start: [...LOG, this.log.head + 1] })) {
-      const { first, text, lines, ids } = decode(entry, this.log.head);
+      const { first, text, lines, ids } = decode(entry, this.log.head), last = first + lines.length - 1;
+      if (last - told > this.log.history / 50) told = await this.room.written([], told);
       if (first > this.log.head + 1) this.log.restart(first - 1); // what was before it is deleted
       const accepted = text === this.#uncertain ? this.#queue.splice(0, lines.length) : [];
       if (this.#version) this.#entries.splice(0, this.#entries.length - 2 * this.log.history); // others deleted those
       this.#entries.push(first);
-      this.log.add({ first, last: first + lines.length - 1, lines, text, bytes: 3 * text.length }, ids);
+      this.log.add({ first, last, lines, text, bytes: 3 * text.length }, ids);
       this.#queue = this.#queue.filter((queued) => !queued.id || this.log.ids.get(queued.id) === queued);
-      await this.written(accepted);
+      if (accepted.length > 0) told = await this.room.written(accepted, told);
     }
+    await this.room.written([], told);
   }
 
   /** The entries that can be deleted once `head` is the newest message; the last entry is always kept. */
@@ -957,6 +958,7 @@ export interface ChatOptions {
 }
 
 type Settings = Required<Omit<ChatOptions, "db" | "tlsCert" | "tlsKey">> & ChatOptions;
+const isUrl = (db: string) => /^https?:\/\//.test(db);
 const TEXT = "a string", TITLE = "1 to 100 characters in one line", SWITCH = "on or off";
 const ORIGINS = "origins with commas between them, like https://chat.example";
 
@@ -1003,8 +1005,6 @@ function parse(given: unknown, rule: Setting[2]): unknown {
   const origins = rule === ORIGINS ? text.split(",").filter(Boolean) : [""];
   return origins.every((origin) => URL.parse(origin)?.origin === origin) ? origins : undefined;
 }
-
-const isUrl = (db: string) => /^https?:\/\//.test(db);
 
 // ─────────────────────────────────────────── The terminal and the program ───────────────────────────────────────────
 const ENCODER = new TextEncoder();

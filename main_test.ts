@@ -1778,6 +1778,26 @@ test("who reads where an instance was outrun is told what is true, and what is s
   assertEquals(seqs(back.messages()), count(18, 22));
 });
 
+test("what another instance wrote in many entries comes in few frames", async () => {
+  using kv = await Deno.openKv(":memory:");
+  await using two = await start({ db: kv });
+  await using talker = await Client.open(two);
+  const { db, asked, answer } = slowHead(kv, 0);
+  await using one = await start({ db });
+  await using plain = await Client.open(one);
+  await using ada = await Client.open(one, { username: "Ada", since: 0 });
+  await talker.say("0");
+  await asked();
+  for (const text of numbered(100)) await talker.say(text);
+  answer();
+  for (const reader of [plain, ada]) {
+    await reader.until(() => reader.messages().length === 101);
+    assertEquals(seqs(reader.messages()), count(1, 101));
+  }
+  const frames = ada.frames.filter((frame) => frame.includes("receive_message"));
+  assert(frames.length < 10, `${frames.length} frames`);
+});
+
 test("a room that is emptied while it is open begins anew, and its readers are told", async () => {
   using kv = await Deno.openKv(":memory:");
   await using chat = await start({ db: kv });
