@@ -211,7 +211,7 @@ class Room {
       client.close(1000, "");
       this.#clients.delete(client); // until then it counts: a peer that does not answer is not gone
       const { send_message: debt } = client.buckets, { fullAt = 0 } = this.#debts.get(address ?? "") ?? {};
-      if (address && debt && debt.fullAt > fullAt) put(this.#debts, address, debt, isRefilled);
+      if (address && debt && debt.fullAt > fullAt) put(this.#debts, [[address, debt]], isRefilled);
       if (this.#isClosed && this.#clients.size === 0) this.#emptied.resolve();
     };
   }
@@ -326,10 +326,9 @@ class Bucket {
 }
 
 const isRefilled = ({ fullAt }: Bucket) => fullAt < performance.now();
-/** Puts an entry last in a map, and deletes the entries that are over: they are among the first. */
-function put<T>(map: Map<string, T>, key: string, value: T, isOver: (value: T) => boolean): void {
-  map.delete(key);
-  map.set(key, value);
+/** Puts entries last in a map, and deletes those that are over: they are among the first. */
+function put<T>(map: Map<string, T>, entries: [string, T][], isOver: (value: T) => boolean): void {
+  for (const [key, value] of entries) (map.delete(key), map.set(key, value));
   for (const [key, value] of map) {
     if (!isOver(value)) break;
     map.delete(key);
@@ -339,7 +338,7 @@ function put<T>(map: Map<string, T>, key: string, value: T, isOver: (value: T) =
 /** Takes a token of an address and returns 0, or returns the milliseconds until there is one. */
 function spendFor(address: string, buckets: Map<string, Bucket>, rate: number): number {
   const bucket = buckets.get(address) ?? new Bucket(rate), wait = bucket.spend();
-  put(buckets, address, bucket, isRefilled);
+  put(buckets, [[address, bucket]], isRefilled);
   return wait;
 }
 
@@ -586,11 +585,8 @@ class Log {
     this.#lines.push(...batch.lines);
     this.#lines.splice(0, this.#lines.length - this.history);
     this.oldest = this.head - this.#lines.length + 1;
-    for (const [i, id] of ids.entries()) {
-      if (id) {
-        put(this.ids, id, batch.first + i, (seq) => seq as number < this.oldest);
-      }
-    }
+    const named = ids.flatMap((id, i): [string, number][] => id ? [[id, batch.first + i]] : []);
+    put<number | Queued>(this.ids, named, (seq) => seq as number < this.oldest); // at once: its first entry is found slowly
   }
 
   restart(head: number): void {
