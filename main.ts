@@ -603,7 +603,8 @@ const LOG = ["chat", "log"]; // [...LOG, first] → an entry: its lines, joined,
 const ROSTERS = ["chat", "here"]; // [...ROSTERS, instance] → { online, users }
 const LAYOUT = 1; // version of these keys and values
 const MAX_VALUE = 64 * 1024; // bytes of one value in KV, and so of one entry
-const MAX_DELETES = 500, MAX_QUEUE = 8000, MESSAGE_COST = 100; // entries in one commit; messages that wait; characters that each counts besides its own
+const MAX_DELETES = 500, MAX_ENTRIES = 20_000; // entries that one commit deletes; that are remembered where others delete too
+const MAX_QUEUE = 8000, MESSAGE_COST = 100; // messages that wait for the next commit; characters that each counts besides its own
 const MAX_TURNS = 20, HANGS = 5000; // turns that arriving messages are waited for; ms until the database is said not to respond
 /**
  * The log in Deno KV: what is accepted is written there, and what other instances write is read from there.
@@ -749,7 +750,8 @@ class Store {
       if (last - told > this.log.history / 50) told = await this.room.written([], told);
       if (first > this.log.head + 1) this.log.restart(first - 1); // what was before it is deleted
       const accepted = text === this.#uncertain ? this.#queue.splice(0, lines.length) : [];
-      if (this.#version) this.#entries.splice(0, this.#entries.length - 2 * this.log.history); // others deleted those
+      const most = Math.max(MAX_ENTRIES, 2 * this.log.history); // others have deleted what is more by now
+      if (this.#version) this.#entries.splice(0, this.#entries.length - most);
       this.#entries.push(first);
       this.log.add({ first, last, lines, text, bytes: 3 * text.length }, ids);
       this.#queue = this.#queue.filter((queued) => !queued.id || this.log.ids.get(queued.id) === queued);

@@ -1440,6 +1440,26 @@ test("what is no longer kept is deleted, also what an earlier start had kept", a
   assertEquals(texts(await everything(chat)).slice(-5), numbered(40).slice(-5));
 });
 
+test("what is no longer kept is deleted, also where several instances write", async () => {
+  await using file = await temporary();
+  {
+    await using chat = await start(file);
+    await using ada = await Client.open(chat);
+    for (const text of numbered(700)) await ada.say(text); // more entries than one commit deletes
+  }
+  await using one = await start({ ...file, history: 5 });
+  await using two = await start({ ...file, history: 5 });
+  await using ada = await Client.open(one);
+  await using grace = await Client.open(two);
+  using kv = await Deno.openKv(file.db);
+  const kept = async () => (await Array.fromAsync(kv.list({ prefix: ["chat", "log"] }))).length;
+  await until(async () => {
+    await ada.say("by one");
+    await grace.say("by two");
+    return await kept() <= 6;
+  });
+});
+
 /** A database that keeps back what it answers when asked for the head: from the answer on that is so many changes on. */
 function slowHead(kv: Deno.Kv, changes: number): { db: Deno.Kv; asked: () => Promise<boolean>; answer: () => void } {
   const { promise, resolve } = Promise.withResolvers<void>(), first = kv.get(["chat", "head"]);
