@@ -896,7 +896,8 @@ function checkJoin({ username, since, time, key, password }: Record<string, unkn
   return { event: "join", username: name, since, time, key, password };
 }
 
-const INVISIBLE = /[[\p{C}\p{Default_Ignorable_Code_Point}\u2800\ufffc\u{16fe4}\u{1d159}]--[\t-\r]]/gv;
+const INVISIBLE =
+  /[[\p{C}\p{Default_Ignorable_Code_Point}\u2800\ufffc\u{13441}\u{13442}\u{16fe4}\u{1d159}]--[\t-\r]]/gv;
 const STACKED = /(\p{M}{8})\p{M}+/gu; // more marks than any language puts on a letter: they cover other lines, and sorting them costs
 /** JSON that costs little to parse, however long it is: 24 strings at most, and little between them. */
 const FEW_VALUES = /^[^"]{0,64}(?:"[^"\\]*(?:\\.[^"\\]*)*"[^"]{0,64}){0,24}$/s;
