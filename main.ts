@@ -646,7 +646,8 @@ class Store {
     let [at, end] = [0, this.#queue.length];
     while (at < end) {
       const middle = at + end >> 1;
-      [at, end] = this.#queue[middle].due <= due ? [middle + 1, end] : [at, middle];
+      if (this.#queue[middle].due <= due) at = middle + 1;
+      else end = middle;
     }
     this.#queue.splice(at, 0, queued);
     if (message.id) this.log.ids.set(message.id, queued);
