@@ -107,7 +107,7 @@ class Client {
   readonly #socket: WebSocket;
   readonly #change = new Change();
 
-  constructor(url: string, options?: { client: Deno.HttpClient }) {
+  constructor(url: string, options?: { client?: Deno.HttpClient; headers?: Record<string, string> }) {
     this.#socket = new WebSocket(url, options as unknown as string); // the browser's type knows no options
     this.#socket.onopen = () => this.#change.now();
     this.#socket.onmessage = ({ data }) => {
@@ -125,8 +125,9 @@ class Client {
   static async open(
     { addr: { port } }: Place,
     join?: { username?: string; [field: string]: unknown },
+    headers?: Record<string, string>,
   ): Promise<Client> {
-    const client = new Client(`ws://127.0.0.1:${port}/`);
+    const client = new Client(`ws://127.0.0.1:${port}/`, { headers });
     await client.until(() => client.opened);
     client.username = join?.username ?? client.username;
     if (join) await client.ask({ event: "join", ...join }, ({ event }) => event === "joined");
@@ -4131,7 +4132,9 @@ if (Deno.args[0] === "bench") await bench();
 // deno task soak
 if (SOAK) {
   test("while connections come, go, flood and stall, the memory of the server stays where it was", async () => {
-    await using program = await Program.start({ CHAT_HISTORY: "1000", CHAT_RATE_LIMIT: "20" });
+    await using program = await Program.start({ CHAT_HISTORY: "1000", CHAT_RATE_LIMIT: "20", CHAT_TRUST_PROXY: "on" });
+    // From many addresses, or few of these connections would be taken.
+    const from = () => `2001:db8::${Math.floor(0x10000 * Math.random()).toString(16)}`;
     const memory = async () => {
       const { stdout } = await new Deno.Command("ps", { args: ["-o", "rss=", "-p", `${program.pid}`] }).output();
       return Math.round(Number(decoder.decode(stdout)) / 1024);
@@ -4143,23 +4146,23 @@ if (SOAK) {
       });
     const works = [
       again(10, async (i) => { // comes, says something, goes
-        await using client = await Client.open(program, { username: `guest ${i}` });
+        await using client = await Client.open(program, { username: `guest ${i}` }, { "x-forwarded-for": from() });
         await client.say(text);
       }),
       again(5, async (i) => { // floods until it is closed
-        await using client = await Client.open(program, { username: `flood ${i}` });
+        await using client = await Client.open(program, { username: `flood ${i}` }, { "x-forwarded-for": from() });
         while (!client.closed) {
           for (let k = 0; k < 50; k++) client.send({ username: `flood ${i}`, message: text });
           await pause(10);
         }
       }),
       again(20, async (i) => { // never reads
-        using raw = await Raw.open(program.addr.port);
+        using raw = await Raw.open(program.addr.port, `X-Forwarded-For: ${from()}`);
         await raw.frame({ event: "join", username: `stalled ${i}`, since: 0 });
         await pause(3000 + 200 * i);
       }),
       again(5, async () => { // breaks off in the middle
-        using raw = await Raw.connect(program.addr.port, ...HANDSHAKE);
+        using raw = await Raw.connect(program.addr.port, ...HANDSHAKE, `X-Forwarded-For: ${from()}`);
         await raw.frame("[", { length: 60_000 });
         await pause(50);
       }),
