@@ -855,7 +855,7 @@ function fitting(names: Iterable<string>): string[] {
 const MAX_USERNAME = 40, MAX_MESSAGE = 2000, MAX_UNCLEAN = 120; // UTF-16 units, as maxlength counts; of a name, uncleaned
 /** A message that can be accepted. `body` is the end of its line on the wire; the start is known once it is written. */
 type Message = { event: "send_message"; username: string; message: string; id?: string; body: string };
-type Queued = Message & { sender: Client; due: number }; // in characters: each sender's next ones come after as many of each other's
+type Queued = Message & { sender: Client; due: number }; // what its sender has said with it, in characters: the order of the queue
 type Join = { event: "join"; username?: string; since?: number; time?: number; key?: string; password?: string };
 type Refusal = { event: "error"; error: string; id?: string; retry_after?: number }; // in milliseconds
 type Incoming = Message | Join | { event: "history"; before: number } | { event: "typing" | "ping" } | Refusal;
