@@ -617,7 +617,7 @@ class Store {
   isClosed = false; // nothing more is started
   working?: Promise<void>; // pending while there is anything to read or to write
   readonly #buffer = new Uint8Array(MAX_VALUE);
-  #version: string | null = ""; // the versionstamp of the head, null if there is none; before it was read, another
+  #version: string | null = ""; // the versionstamp of the head: null if there is none, and the empty string until it is read
   #entries: number[] = []; // the first messages of the entries that the database holds
   #queue: Queued[] = [];
   #due = 0; // that of the last message taken from the queue

@@ -3698,6 +3698,12 @@ pageTest("sends a message that ends in a name, whoever else has a longer one", a
   assertEquals(await page.run((page) => page.field("Message").value), "hello @\u0130pek ");
 });
 
+pageTest("sends a message of characters that only some fonts have", async ({ enter, until, say }) => {
+  await enter("Ada");
+  await say("\uf8ff");
+  await until(({ isSettled, texts }) => isSettled && texts.join() === "\uf8ff");
+});
+
 pageTest("replaces a key that cannot be one", async ({ browser, run, enter, until, say }) => {
   await enter("Ada");
   await run(() => localStorage.setItem("chat.key", "5"));
