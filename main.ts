@@ -43,8 +43,9 @@ export async function startChat(options: ChatOptions = {}): Promise<Chat> {
     return room;
   })();
   const handler = async (request: Request, { remoteAddr }: Deno.ServeHandlerInfo) => {
-    if (!URL.canParse(request.url)) return respond(400, "Bad request");
-    const { pathname } = new URL(request.url), isSocket = /^websocket$/i.test(request.headers.get("upgrade") ?? "");
+    const [, pathname] = AUTHORITY_AND_PATH.exec(request.url) ?? [];
+    if (!pathname) return respond(400, "Bad request");
+    const isSocket = /^websocket$/i.test(request.headers.get("upgrade") ?? "");
     const forwarded = settings.trustProxy && request.headers.get("x-forwarded-for")?.split(",").at(-1)?.trim();
     const address = forwarded || ("hostname" in remoteAddr ? remoteAddr.hostname : undefined); // none on a Unix socket
     if (isSocket) return upgrade(request, address, await opening);
@@ -71,6 +72,7 @@ export async function startChat(options: ChatOptions = {}): Promise<Chat> {
   }
 }
 
+const AUTHORITY_AND_PATH = /^[a-z+]+:\/\/[\w.:%[\]-]{0,300}(\/[^?#]*)/; // the platform's parser may take long for a host
 const OPENING = "The room is opening";
 const respond = (status: number, body: string, headers?: HeadersInit) => new Response(`${body}\n`, { status, headers });
 function upgrade(request: Request, address: string | undefined, room: Room): Response {
@@ -93,8 +95,9 @@ function isAllowed({ headers }: Request, { allowedOrigins, tlsCert, trustProxy }
   const origin = headers.get("origin");
   if (origin === null || allowedOrigins.includes(origin)) return true;
   const isSecure = tlsCert || trustProxy && headers.get("x-forwarded-proto") === "https";
-  const scheme = URL.parse(origin)?.protocol, isSafe = scheme === "https:" || scheme === "http:" && !isSecure;
-  return isSafe && URL.parse(`${scheme}//${headers.get("host")}`)?.origin === origin; // an origin has no default port
+  const schemes = [["https://", ":443"], ["http://", ":80"]].slice(0, isSecure ? 1 : 2);
+  const host = headers.get("host")?.toLowerCase(); // with the default port, perhaps: an origin has none
+  return schemes.some(([scheme, port]) => [origin, origin + port].includes(scheme + host));
 }
 
 /** Returns a handler that serves the page, which may run its own script and style and talk to its own server only. */
