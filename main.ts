@@ -37,10 +37,9 @@ export async function startChat(options: ChatOptions = {}): Promise<Chat> {
   const [cert, key] = await Promise.all([tlsCert, tlsKey].map((path) => path && Deno.readTextFile(path)));
   const servePage = pageServer(settings.title), ending = new AbortController();
   let room: Room | undefined, listener: ReturnType<typeof listen> | undefined, ended: Promise<void> | undefined;
-  const opening = (async () => { // until the log is read, the page is served and sockets wait
+  const opening = (async () => { // until the log is read, only the page is served
     room = new Room(typeof db === "object" ? db : await Deno.openKv(db), settings);
     await room.open();
-    return room;
   })();
   const handler = async (request: Request, { remoteAddr }: Deno.ServeHandlerInfo) => {
     const [, pathname] = AUTHORITY_AND_PATH.exec(request.url) ?? [];
@@ -48,11 +47,11 @@ export async function startChat(options: ChatOptions = {}): Promise<Chat> {
     const isSocket = /^websocket$/i.test(request.headers.get("upgrade") ?? "");
     const forwarded = settings.trustProxy && request.headers.get("x-forwarded-for")?.split(",").at(-1)?.trim();
     const address = forwarded || ("hostname" in remoteAddr ? remoteAddr.hostname : undefined); // none on a Unix socket
-    if (isSocket) return upgrade(request, address, await opening);
+    const trouble = room ? room.store.trouble : OPENING, isOpen = room && trouble !== OPENING;
+    if (isSocket) return isOpen ? upgrade(request, address, room!) : respond(503, OPENING, { "retry-after": "1" });
     if (pathname !== "/" && pathname !== "/healthz") return respond(404, "Not found");
     if (!/^(GET|HEAD)$/.test(request.method)) return respond(405, "Method not allowed", { allow: "GET, HEAD" });
     if (pathname === "/") return await servePage(request);
-    const trouble = room ? room.store.trouble : OPENING;
     return trouble ? respond(503, trouble) : respond(200, room?.isFull(address) ? "full" : "ok");
   };
   const end = async () => {
@@ -72,22 +71,21 @@ export async function startChat(options: ChatOptions = {}): Promise<Chat> {
   }
 }
 
-const AUTHORITY_AND_PATH = /^[a-z+]+:\/\/[\w.:%[\]-]{0,300}(\/[^?#]*)/; // the platform's parser may take long for a host
 const OPENING = "The room is opening";
+const AUTHORITY_AND_PATH = /^[a-z+]+:\/\/[\w.:%[\]-]{0,300}(\/[^?#]*)/; // the platform's parser may take long for a host
 const respond = (status: number, body: string, headers?: HeadersInit) => new Response(`${body}\n`, { status, headers });
 function upgrade(request: Request, address: string | undefined, room: Room): Response {
   if (!isAllowed(request, room.settings)) return respond(403, "This page may not connect");
   if (room.isFull(address)) return respond(503, "The room is full", { "retry-after": "30" });
   const isRushed = room.settings.rateLimit > 0 && address && spendFor(address, room.handshakes, HANDSHAKES) > 0;
   if (isRushed) return respond(503, "Too many handshakes", { "retry-after": "1" }); // they starve those who are in
-  let upgraded: Deno.WebSocketUpgrade;
   try {
-    upgraded = Deno.upgradeWebSocket(request, { idleTimeout: room.settings.idleTimeout });
+    const { socket, response } = Deno.upgradeWebSocket(request, { idleTimeout: room.settings.idleTimeout });
+    room.add(socket, address);
+    return response;
   } catch {
     return respond(400, "This is not a WebSocket handshake");
   }
-  room.add(upgraded.socket, address);
-  return upgraded.response;
 }
 
 /** Reports whether the origin may connect: the server's own, an allowed one, or none, which is not a browser. */

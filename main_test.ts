@@ -46,7 +46,7 @@ async function until<T>(
   const timer = setTimeout(() => late.reject(new Error(`never came true: ${look}\n${state()}`)), DEADLINE);
   try {
     while (true) {
-      const changed = change(), seen = await look();
+      const changed = change(), seen = await Promise.race([look(), late.promise]);
       if (seen) return seen;
       await Promise.race([changed, late.promise]);
     }
@@ -306,7 +306,9 @@ class Program {
   /** Resolves when it serves, on a port that is known. */
   async serves(): Promise<void> {
     const health = `http://127.0.0.1:${this.addr.port}/healthz`;
-    await until(() => fetch(health).then((response) => response.text(), () => ""));
+    await until(() =>
+      fetch(health).then(async (response) => (await response.body?.cancel(), response.ok), () => false)
+    );
   }
 
   get pid(): number {
@@ -893,6 +895,21 @@ test("where the platform says so, the chat is served on a Unix socket", async ()
   await ada.frame({ username: "Ada", message: "Hi" });
   for (const client of [ada, grace]) assertMatch(`${await client.next()}`, /"message":"Hi"/);
   assertEquals((await program.end()).code, 0);
+});
+
+test("while the room opens, a handshake is answered with 503, and the start fails with one line at most", async () => {
+  using kv = await Deno.openKv(":memory:");
+  const read = Promise.withResolvers<never>(), port = freePort(), printed: string[] = [];
+  using _errors = muteErrors((text) => printed.push(text));
+  const starting = start({ db: unreliable(kv, () => read.promise), port }).then(() => "", ({ message }) => message);
+  const status = async () => {
+    using raw = await Raw.connect(port, ...HANDSHAKE);
+    return await raw.status();
+  };
+  await until(async () => await status().catch(() => 0) === 503)
+    .finally(() => read.reject(new Error("disk I/O error")));
+  assertEquals(await starting, "disk I/O error");
+  assertEquals(printed, []);
 });
 
 test("/healthz tells whether messages can be written", async () => {
