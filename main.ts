@@ -123,11 +123,11 @@ function pageServer(title: string): (request: Request) => Promise<Response> {
     const [zlib, { promisify }] = await Promise.all([import("node:zlib"), import("node:util")]);
     return new Uint8Array(await promisify<string, Uint8Array>(zlib[coding === "br" ? "brotliCompress" : coding])(html));
   };
-  const bodies: Partial<Record<string, ReturnType<typeof compress>>> = {};
+  const bodies: Partial<Record<string, ReturnType<typeof compress>>> = {}, plain = ENCODER.encode(html);
   return async (request) => {
     const codings = (request.headers.get("accept-encoding") ?? "").split(",").map((coding) => coding.trim());
     const coding = (["br", "gzip"] as const).find((coding) => codings.includes(coding)), headers = await making;
-    const body = coding ? await (bodies[coding] ??= compress(coding)) : html;
+    const body = coding ? await (bodies[coding] ??= compress(coding)) : plain;
     return new Response(body, { headers: coding ? { ...headers, "content-encoding": coding } : headers });
   };
 }
