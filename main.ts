@@ -670,8 +670,8 @@ class Store {
     this.#workedAt = performance.now();
     while (!this.isClosed && (this.#isBehind || this.#queue.length > 0)) {
       try {
-        const isWritten = await (this.#isBehind ? this.#pull() : this.#commit());
-        if (!isWritten && this.#queue.length > 0) continue; // reading may work where writing does not
+        if (this.#isBehind) await this.#pull(); // then a commit in any case: reading may never end
+        if (this.#queue.length > 0 && !await this.#commit()) continue;
         this.#workedAt = performance.now();
         if (this.#failures >= REPORTED) stderr.print("The database works again");
         this.#failures = 0;

@@ -1177,6 +1177,25 @@ test("a message that is sent again is not doubled: here, after a restart, or thr
   assertEquals(texts(await everything(other)), ["once", "next", "through both"]);
 });
 
+test("joins that ask for what is to come do not keep a slow database from being written", async () => {
+  using kv = await Deno.openKv(":memory:");
+  const db = unreliable(kv, async (call, name) => {
+    if (name === "get") await new Promise((resolve) => setTimeout(resolve, 200)); // as if it were far away
+    return await call();
+  });
+  await using chat = await start({ db });
+  await using ada = await Client.open(chat);
+  let isOver = false, joins = 0;
+  const joining = count(1, 30).map(async (number) => {
+    await using client = await Client.open(chat);
+    await new Promise((resolve) => setTimeout(resolve, 30 * number)); // so that one comes during each read
+    for (; !isOver; joins++) await client.ask({ event: "join", since: 1_000_000 }, is("joined"));
+  });
+  await until(() => joins > 30);
+  await ada.say("Hi").finally(() => isOver = true);
+  await Promise.all(joining);
+});
+
 test("a message that is sent again while the log is read is not doubled, however short the history", async () => {
   using kv = await Deno.openKv(":memory:");
   const [fast, late] = [held(kv), held(kv)];
