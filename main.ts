@@ -899,10 +899,9 @@ function checkJoin({ username, since, time, key, password }: Record<string, unkn
 }
 
 const INVISIBLE = /[[\p{C}\p{DI}\u2800\ufffc\u{13441}\u{13442}\u{16fe4}\u{1d159}]--[\t-\r]]/gv; // DI: default ignorable
-/** Marks that no language needs: more than eight on a letter (they cover other lines, and cost), and the dot of an i. */
-const NEEDLESS = /(?<=\p{M}{8})\p{M}|(?<=[\p{SD}\u0131]\p{M}{0,7})\u0307/gu;
-/** JSON that costs little to parse, however long it is: 24 strings at most, and little between them. */
-const FEW_VALUES = /^[^"]{0,64}(?:"[^"\\]*(?:\\.[^"\\]*)*"[^"]{0,64}){0,24}$/s;
+/** Marks that cannot be seen, or that cover other lines: the ninth of a letter, one that is there already, the dot of an i. */
+const NEEDLESS = /(?<=\p{M}{8})\p{M}|(?<=(\p{M}))\1|(?<=[\p{SD}\u0131]\p{M}{0,7})\u0307/gu;
+const FEW_VALUES = /^[^"]{0,64}(?:"[^"\\]*(?:\\.[^"\\]*)*"[^"]{0,64}){0,24}$/s; // JSON that costs little to parse
 /** A message in ASCII with nothing to clean or escape, no longer than MAX_USERNAME and MAX_MESSAGE: its body is a part of it. */
 const USUAL =
   /^{"event":"send_message",("username":"(?=[^"]{1,40}")([!#-[\]-~]+(?: [!#-[\]-~]+)*)","message":"([!#-[\]-~](?:[ !#-[\]-~]{0,1998}[!#-[\]-~])?)"(?:,"id":"([\w-]{1,64})")?})$/;
@@ -910,7 +909,7 @@ const USUAL =
 function cleanName(name: unknown): string | undefined {
   if (typeof name !== "string" || name.length > MAX_UNCLEAN) return undefined;
   const visible = name.toWellFormed().replace(INVISIBLE, "").replace(/\s+/g, " ").trim();
-  const clean = visible.replace(NEEDLESS, "").normalize().replace(NEEDLESS, "");
+  const clean = visible.replace(NEEDLESS, "").normalize("NFD").replace(NEEDLESS, "").normalize();
   return clean.length > 0 && clean.length <= MAX_USERNAME ? clean : undefined;
 }
 
