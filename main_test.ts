@@ -2978,6 +2978,45 @@ pageTest("shows what is nothing but markup without a thousand elements", async (
   assert(await run(({ texts }, all) => texts.includes(all.trim()), texts[0]));
 });
 
+pageTest(
+  "shows long words in pieces, since breaking them takes a browser long",
+  async ({ run, guest, enter, until }) => {
+    await enter("Ada");
+    const eve = await guest("Eve");
+    const long = ["\u0f00", "a\u05d0", "x\u00a0", "👩‍🚀", "e\u0301"].map((text) => text.repeat(2000 / text.length));
+    const texts = [...long, `\`${long[0].slice(2)}\``, `https://chat.test/${long[0].slice(20)}`];
+    await eve.say(...texts, "short words ".repeat(160));
+    await until(({ articles }, length) => articles.length === length, texts.length + 1);
+    const shown = await run(({ articles }) => articles.map((node) => node.querySelector(".text")!.textContent));
+    assertEquals(
+      shown.map((text) => text?.trim()),
+      [...texts, "short words ".repeat(160)].map((text) => text.replaceAll("`", "").trim()),
+    );
+    const pieces = await run(({ articles }) =>
+      articles.map((node) => {
+        const walk = document.createTreeWalker(node.querySelector(".text")!, NodeFilter.SHOW_TEXT), pieces = [];
+        while (walk.nextNode()) pieces.push(walk.currentNode.textContent!);
+        return pieces.filter(Boolean);
+      })
+    );
+    const letters = (text: string) => [...new Intl.Segmenter().segment(text)].length;
+    assertEquals(pieces.map((pieces) => Math.max(...pieces.map(letters)) > 20), [...texts.map(() => false), true]);
+    assertEquals(new Set(pieces[3]), new Set(["👩‍🚀".repeat(20)]));
+  },
+);
+
+pageTest("tells what is emoji only, however many ways there are to read it", async ({ run, guest, enter, until }) => {
+  await enter("Ada");
+  const eve = await guest("Eve");
+  const fists = "✊🏽".repeat(12), begun = performance.now();
+  await eve.say(...count(1, 90).map(() => `${fists}x`)); // each may take 0.4 s, and the page shows forty
+  await eve.say(fists, "👩🏽‍❤️‍💋‍👨🏽 🇩🇪\n1️⃣", "✊🏽x", "1");
+  await until(({ texts }) => texts.at(-1) === "1");
+  const isEmoji = await run(({ articles }) => articles.slice(-5).map((node) => node.matches(".emoji")));
+  assertEquals(isEmoji, [false, true, true, false, false]);
+  assert(performance.now() - begun < DEADLINE, "it took too long");
+}, BOTH);
+
 pageTest("shows of a link where it leads", async ({ run, guest, enter, until }) => {
   await enter("Ada");
   const eve = await guest("Eve");
@@ -3571,7 +3610,7 @@ pageTest("tells apart those whose names look the same", async ({ chat, run, ente
     ["Nina", "\u039dina"],
     ["Zoe\u0308", "Zo\u0451"],
   ];
-  const names = [...alike.flat(), "Grace", "Ada s-BWkdfZISBH"];
+  const names = [...alike.flat(), "Ada s-BWkdfZIS\u{1d5dd}H", "Grace", "Ada s-BWkdfZISBH"];
   const tags: (string | undefined)[] = [];
   for (const [i, username] of names.entries()) {
     await using client = await Client.open(chat, { username, key: `the-key-of-number-${i}` });
@@ -3601,7 +3640,7 @@ pageTest("tells the room the last of many names", async ({ browser, run, enter, 
   await browser.goTo("about:blank");
 }, { rateLimit: 20 });
 
-pageTest("works where storage is forbidden", async ({ browser, enter, say, until }) => {
+pageTest("works where storage is forbidden", async ({ browser, run, enter, say, type, until }) => {
   const source = `for (const storage of ["localStorage", "sessionStorage"]) {
     Object.defineProperty(self, storage, { get() { throw new DOMException("no", "SecurityError") } });
   }`;
@@ -3609,6 +3648,9 @@ pageTest("works where storage is forbidden", async ({ browser, enter, say, until
   await enter("Ada");
   await say("all the same");
   await until(({ isSettled, mine }) => isSettled && mine.length === 1);
+  await type("Message", "a draft");
+  await run(() => dispatchEvent(new Event("pageshow"))); // as it is shown again
+  assertEquals(await run((page) => page.field("Message").value), "a draft");
   await browser.cdp("Page.removeScriptToEvaluateOnNewDocument", script);
 });
 
@@ -3740,6 +3782,15 @@ pageTest("sends a message that ends in a name, whoever else has a longer one", a
   }
   await page.type("Message", "hello @\u0130p\uE004");
   assertEquals(await page.run((page) => page.field("Message").value), "hello @\u0130pek ");
+});
+
+pageTest("does not complete what is written after a name", async ({ run, guest, enter, type, until }) => {
+  for (const name of ["Ada", "Ada ok, I owe Eve 100 euros"]) await guest(name);
+  await enter("Grace");
+  await until(({ people }) => people.length === 3);
+  await type("Message", `@Ada ok${ENTER}`);
+  await until(({ isSettled, texts }) => isSettled && texts.join() === "@Ada ok");
+  assertEquals(await run((page) => page.field("Message").value), "");
 });
 
 pageTest("sends a message of characters that only some fonts have", async ({ enter, until, say }) => {
