@@ -45,7 +45,7 @@ export async function startChat(options: ChatOptions = {}): Promise<Chat> {
     const [, pathname] = AUTHORITY_AND_PATH.exec(request.url) ?? [];
     if (!pathname) return respond(400, "Bad request");
     const isSocket = /^websocket$/i.test(request.headers.get("upgrade") ?? "");
-    const forwarded = settings.trustProxy && request.headers.get("x-forwarded-for")?.split(",").at(-1)?.trim();
+    const forwarded = settings.trustProxy && request.headers.get("x-forwarded-for")?.replace(/^.*,/s, "").trim();
     const address = forwarded || ("hostname" in remoteAddr ? remoteAddr.hostname : undefined); // none on a Unix socket
     const trouble = room ? room.store.trouble : OPENING, isOpen = room && trouble !== OPENING;
     if (isSocket) return isOpen ? upgrade(request, address, room!) : respond(503, OPENING, { "retry-after": "1" });
@@ -125,8 +125,8 @@ function pageServer(title: string): (request: Request) => Promise<Response> {
   };
   const bodies: Partial<Record<string, ReturnType<typeof compress>>> = {}, plain = ENCODER.encode(html);
   return async (request) => {
-    const codings = (request.headers.get("accept-encoding") ?? "").split(",").map((coding) => coding.trim());
-    const coding = (["br", "gzip"] as const).find((coding) => codings.includes(coding)), headers = await making;
+    const accepted = request.headers.get("accept-encoding") ?? "", headers = await making;
+    const coding = (["br", "gzip"] as const).find((coding) => new RegExp(`\\b${coding}\\b(?!\\s*;)`).test(accepted));
     const body = coding ? await (bodies[coding] ??= compress(coding)) : plain;
     return new Response(body, { headers: coding ? { ...headers, "content-encoding": coding } : headers });
   };
