@@ -900,7 +900,7 @@ function checkJoin({ username, since, time, key, password }: Record<string, unkn
 
 const INVISIBLE = /[[\p{C}\p{DI}\u2800\ufffc\u{13441}\u{13442}\u{16fe4}\u{1d159}]--[\t-\r]]/gv; // DI: default ignorable
 /** Marks that cannot be seen, or that cover other lines: the ninth of a letter, one that is there already, the dot of an i. */
-const NEEDLESS = /(?<=\p{M}{8})\p{M}|(?<=(\p{M}))\1|(?<=[\p{SD}\u0131]\p{M}{0,7})\u0307/gu;
+const NEEDLESS = /(?<=\p{M}{8})\p{M}|(?<=(\p{M})\p{M}{0,7})\1|(?<=[\p{SD}\u0131\u0237]\p{M}{0,7})\u0307/gu;
 const FEW_VALUES = /^[^"]{0,64}(?:"[^"\\]*(?:\\.[^"\\]*)*"[^"]{0,64}){0,24}$/s; // JSON that costs little to parse
 /** A message in ASCII with nothing to clean or escape, no longer than MAX_USERNAME and MAX_MESSAGE: its body is a part of it. */
 const USUAL =
