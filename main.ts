@@ -281,8 +281,8 @@ class Room {
     const watch = async () => {
       for await (const [{ versionstamp }] of this.kv.watch([HEAD])) await this.store.sync(versionstamp);
     };
+    if (isPaid) this.#watching ??= watch().catch(() => wait(RETRY)).finally(() => this.#watching = undefined);
     if (isPaid && !isExchange) return;
-    if (isPaid) this.#watching ??= watch().catch(() => {}).finally(() => this.#watching = undefined);
     await this.store.sync((await this.kv.get(HEAD)).versionstamp);
     if (isExchange) await this.presence.exchange().then(() => this.hasNews = true);
     this.#lookAgain = performance.now() + (isPaid ? PAID_EVERY * TICK : 0);
