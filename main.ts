@@ -1076,19 +1076,19 @@ function commandFor({ db, tlsCert, tlsKey }: Settings, denied: string): string {
 }
 
 if (import.meta.main) {
-  let settings: Settings | undefined;
+  let settings: Settings | undefined, chat: Chat | undefined;
+  const end = async () => {
+    await chat?.shutdown();
+    await withTimeout(GRACE, stdout.writing);
+    Deno.exit();
+  };
+  addEventListener("unhandledrejection", (event) => (event.preventDefault(), report(event.reason))); // Deno's own too
+  Deno.addSignalListener("SIGINT", end); // before anyone connects: it needs file descriptors
+  if (Deno.build.os !== "windows") Deno.addSignalListener("SIGTERM", end);
   try {
     settings = resolveSettings();
-    const chat = await startChat(settings);
-    printAddresses(chat.addr, settings);
-    const end = async () => {
-      await chat.shutdown();
-      await withTimeout(GRACE, stdout.writing);
-      Deno.exit();
-    };
-    addEventListener("unhandledrejection", (event) => (event.preventDefault(), report(event.reason))); // Deno's own too
-    Deno.addSignalListener("SIGINT", end);
-    if (Deno.build.os !== "windows") Deno.addSignalListener("SIGTERM", end);
+    chat = await startChat(settings);
+    Promise.try(printAddresses, chat.addr, settings).catch(report);
   } catch (error) {
     const { message } = error as Error, [, denied] = message.match(/^Requires (?:read|write) access to "(.*)"/) ?? [];
     const isTaken = error instanceof Deno.errors.AddrInUse, advice = settings && denied && commandFor(settings, denied);
