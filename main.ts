@@ -27,9 +27,7 @@ export interface Chat extends AsyncDisposable {
  *
  * ```ts
  * import { startChat } from "./main.ts";
- *
  * await using chat = await startChat({ port: 0, db: ":memory:" });
- * console.log(chat.addr.port);
  * ```
  */
 export async function startChat(options: ChatOptions = {}): Promise<Chat> {
@@ -151,9 +149,8 @@ function listen(options: Deno.ServeTcpOptions & { signal: AbortSignal }, handler
 
 // ──────────────────────────────────────────────────── The room ────────────────────────────────────────────────────
 const MAX_COPIES = 128 * 1024, MAX_FRAMES = 2000; // bytes sent before a turn of the event loop; frames of one message before a commit
-const TICK = 50; // ms between looks at what is new, here and in the database
 const HANDSHAKES = 100, DEADLINE = 10_000; // a second and address; ms to complete one, and to give the password
-const EXCHANGE_EVERY = 20, PAID_EVERY = 200; // looks until presence is exchanged; until a remote database is read, which is billed
+const TICK = 50, EXCHANGE_EVERY = 20, PAID_EVERY = 200; // ms between looks; looks until presence is exchanged; until a remote database is read, which is billed
 const GRACE = 380; // ms that a shutdown waits for each of the log, the clients, the database, the listener, and the terminal
 /** Everyone who is connected, and what they are sent. */
 class Room {
@@ -166,6 +163,7 @@ class Room {
   readonly handshakes = new Map<string, Bucket>(); // of addresses
   readonly #emptied = Promise.withResolvers<void>(); // when the last client has gone, at the end
   #ticking?: ReturnType<typeof setInterval>;
+  #copied = 0; // bytes sent since it last yielded
   #catchingUp?: Promise<void>;
   hasNews = false; // there is something to announce
   #announcing?: Promise<void>;
@@ -217,27 +215,31 @@ class Room {
     };
   }
 
-  /** Calls `send` for every client, yielding after each MAX_COPIES bytes. `send` returns how many bytes it sent. */
-  async #broadcast(send: (client: Client) => number): Promise<void> {
-    let copied = 0;
+  /** Calls `send` for every client. `send` returns how many bytes it sent; this returns the sum. */
+  async #broadcast(send: (client: Client) => number): Promise<number> {
+    let total = 0;
     for (const client of this.#clients) {
-      if ((copied += send(client)) < MAX_COPIES) continue;
+      const sent = send(client);
+      total += sent;
+      if ((this.#copied += sent) < MAX_COPIES) continue;
       await turn(); // the copies are sent while they are in the processor's cache
-      copied = 0;
+      this.#copied = 0;
     }
+    return total;
+  }
+
+  /** Feeds a client: at once, unless others were sent much in this turn of the event loop. */
+  feed(client: Client): void {
+    if (this.#copied < MAX_COPIES) this.#copied += client.feed();
+    if (this.#copied >= MAX_COPIES) this.catchUp();
   }
 
   /** Feeds those who are behind, a share in each pass, as long as they take more. Nobody else waits for that. */
   catchUp(): void {
-    let isMore = false;
-    this.#catchingUp ??= this.#broadcast((client) => {
-      const sent = client.feed();
-      isMore ||= sent > 0 && client.place < this.log.head;
-      return sent;
-    }).catch(report).finally(() => {
-      this.#catchingUp = undefined;
-      if (isMore) this.catchUp();
-    });
+    const passes = async () => {
+      while (await this.#broadcast((client) => client.feed()) > 0);
+    };
+    this.#catchingUp ??= passes().catch(report).finally(() => this.#catchingUp = undefined);
   }
 
   /** Gives readers what is new after `from`, and logs what was accepted here. Returns the newest message. */
@@ -351,6 +353,7 @@ class Client {
   username?: string; // that it joined with
   tag?: string; // derived from its key, shown with its messages
   waiting?: (string | ArrayBuffer)[]; // during a join: the frames that arrived since
+  readonly wanted: number[] = []; // before which messages it asked for history
   needsRoster = false; // it has to be told who is here, not only what changed
   isClosed = false; // nothing is read from it or sent to it any more
   due = 0; // of its last message in the queue
@@ -363,11 +366,15 @@ class Client {
   #tookAt = 0; // when it last took some of them, in ms since the process began
   constructor(readonly room: Room, readonly socket: WebSocket, readonly address: string | undefined) {}
 
-  /** Sends the messages after its place, as long as it reads. Returns an upper bound of the bytes sent. */
+  /** Sends what it asked for and the messages after its place, as long as it reads. Returns at least the bytes sent. */
   feed(): number {
-    const { log } = this.room;
+    const { log } = this.room, isReady = () => sent < MAX_COPIES && !this.isBackedUp();
     let sent = 0;
-    while (this.place < log.head && sent < MAX_COPIES && !this.isBackedUp()) {
+    while (this.wanted.length > 0 && isReady()) {
+      const page = log.before(this.wanted.shift()!);
+      sent += this.send(page) ? 3 * page.length : MAX_COPIES;
+    }
+    while (this.place < log.head && isReady()) {
       const batch = log.after(this.place), sendLine = (line: string) => this.send(line) && ++this.place;
       if (!batch) this.close(1013, "what comes next is no longer kept");
       else if (this.joined ? this.send(batch.text, batch.bytes) : batch.lines.every(sendLine)) {
@@ -428,8 +435,7 @@ class Client {
 // ───────────────────────────────────────────── What a client may ask for ─────────────────────────────────────────────
 const MAX_FRAME = 64 * 1024; // bytes of a frame from a client: far over every limit
 const RATES = { join: 2, history: 5, typing: 2, ping: 2, error: 20 }; // a second, besides messages and frames
-const PAGE = 200; // messages that a join without `since`, or a request for history, is answered with
-const SYNC = 1000; // ms that a join waits for the database if `since` is newer than this log
+const PAGE = 200, SYNC = 1000; // messages that a join, or a request for history, is answered with; ms that it waits if `since` is newer than this log
 const PASSWORD_DELAY = 1000, GUESSES = 1; // ms until a wrong password is answered; wrong guesses per second and address
 type Limit = "frame" | Incoming["event"]; // every frame is paid for before it is parsed, then again for its event
 
@@ -466,9 +472,8 @@ class Requests {
     if (event === "ping") return void client.send('{"event":"pong"}');
     if (event === "history") {
       if (!client.joined) return this.#refuse(client, refusal("join before asking for history"));
-      if (client.isBackedUp()) return this.#refuse(client, refusal("too much is waiting to be read", undefined, 1000));
-      const { before } = incoming, messages = this.room.log.before(before);
-      return void client.send(`{"event":"history","before":${before},"messages":[${messages}]}`);
+      client.wanted.push(incoming.before);
+      return this.room.feed(client);
     }
     if (!client.username) return this.#refuse(client, refusal("join with a username before typing"));
     this.room.presence.typing.add(client.username);
@@ -526,7 +531,7 @@ class Requests {
     client.username = username;
     client.joined = client.needsRoster = true;
     client.send(JSON.stringify({ event: "joined", seq: head, oldest, resumed, username, tag: client.tag }));
-    if (client.feed() > 0 && client.place < log.head) this.room.catchUp();
+    this.room.feed(client);
     this.room.hasNews = true;
   }
 
@@ -566,11 +571,12 @@ class Log {
     return { first, last: seq + lines.length, lines, text: lines.join("\n"), bytes: 3 * units };
   }
 
-  before(seq: number): string[] {
+  before(seq: number): string {
     const end = Math.max(0, Math.min(seq, this.head + 1) - this.oldest);
     const lines = this.#lines.slice(Math.max(0, end - PAGE), end);
     let units = 0;
-    return lines.slice(lines.findLastIndex((line) => (units += line.length) > MAX_BATCH) + 1);
+    const first = lines.findLastIndex((line) => (units += line.length) > MAX_BATCH) + 1;
+    return `{"event":"history","before":${seq},"messages":[${lines.slice(first)}]}`;
   }
 
   /** Reports whether this log has message `seq` with this time, or may have deleted it. */
@@ -602,8 +608,7 @@ class Log {
 const HEAD = ["chat", "head"]; // → { layout, last }, the number of the newest message
 const LOG = ["chat", "log"]; // [...LOG, first] → an entry: its lines, joined, in UTF-8
 const ROSTERS = ["chat", "here"]; // [...ROSTERS, instance] → { online, users }
-const LAYOUT = 1; // version of these keys and values
-const MAX_VALUE = 64 * 1024; // bytes of one value in KV, and so of one entry
+const LAYOUT = 1, MAX_VALUE = 64 * 1024; // version of these keys and values; bytes of one value, and so of one entry
 const MAX_DELETES = 500, MAX_ENTRIES = 20_000; // entries that one commit deletes; that are remembered where others delete too
 const MAX_QUEUE = 8000, MESSAGE_COST = 100; // messages that wait for the next commit; characters that each counts besides its own
 const MAX_TURNS = 20, HANGS = 5000; // turns that arriving messages are waited for; ms until the database is said not to respond
@@ -644,13 +649,7 @@ class Store {
   append(message: Message, sender: Client): Queued | undefined {
     const due = sender.due = Math.max(sender.due, this.#due) + MESSAGE_COST + message.body.length;
     const queued = { ...message, sender, due };
-    let [at, end] = [0, this.#queue.length];
-    while (at < end) {
-      const middle = at + end >> 1;
-      if (this.#queue[middle].due <= due) at = middle + 1;
-      else end = middle;
-    }
-    this.#queue.splice(at, 0, queued);
+    this.#queue.splice(this.#queue.findLastIndex((other) => other.due <= due) + 1, 0, queued);
     if (message.id) this.log.ids.set(message.id, queued);
     this.working ??= this.#loop();
     const excess = this.#queue.length > MAX_QUEUE ? this.#queue.pop() : undefined;
