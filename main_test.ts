@@ -3621,7 +3621,7 @@ pageTest("tells apart those whose names look the same", async ({ chat, run, ente
     ["\u0b95\u0bcb", "\u0b95\u0bbe\u0bc7"], // one vowel in two parts
     ["Ada", "\u0410d\u0430", "\u0391da", "\uff21da", "A\u0335da", "A\u0335\u0335da"],
     ["AI", "Al"],
-    ["Nina", "\u039dina"],
+    ["Nina", "\u039dina", "N\u0131\u0308na"],
     ["Zoe\u0308", "Zo\u0451"],
   ];
   const names = [...alike.flat(), "Ada s-BWkdfZIS\u{1d5dd}H", "Ada s\u2017BWkdfZISBH", "Grace", "Ada s-BWkdfZISBH"];
@@ -3799,12 +3799,14 @@ pageTest("sends a message that ends in a name, whoever else has a longer one", a
 });
 
 pageTest("does not complete what is written after a name", async ({ run, guest, enter, type, until }) => {
-  for (const name of ["Ada", "Ada ok, I owe Eve 100 euros"]) await guest(name);
+  for (const name of ["Ada", "Ada ok, I owe Eve 100 euros", "Ada, I owe Eve 100 euros"]) await guest(name);
   await enter("Grace");
-  await until(({ people }) => people.length === 3);
-  await type("Message", `@Ada ok${ENTER}`);
-  await until(({ isSettled, texts }) => isSettled && texts.join() === "@Ada ok");
-  assertEquals(await run((page) => page.field("Message").value), "");
+  await until(({ people }) => people.length === 4);
+  for (const text of ["@Ada ok", "@Ada,"]) {
+    await type("Message", `${text}${ENTER}`);
+    await until(({ isSettled, texts }, text) => isSettled && texts.at(-1) === text, text);
+    assertEquals(await run((page) => page.field("Message").value), "");
+  }
 });
 
 pageTest("sends a message of characters that only some fonts have", async ({ enter, until, say }) => {
