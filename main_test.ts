@@ -718,6 +718,41 @@ test("long messages are paged so that a reader can take them", async () => {
   assertEquals(messages.at(-1)?.seq, 200);
 });
 
+test("pages of the history are sent as their reader reads, in the order in which it asked", async () => {
+  await using chat = await start();
+  await using ada = await Client.open(chat, { username: "Ada" });
+  await ada.say(...count(1, 200).map(() => "\u20ac".repeat(2000)));
+  using raw = await Raw.open(chat.addr.port);
+  await raw.frame({ event: "join" });
+  const asked = count(1, 60).map((number) => 201 - number); // more than a client is sent that does not read
+  for (const before of asked) await raw.frame({ event: "history", before });
+  const answered: number[] = [];
+  while (answered.length < asked.length) {
+    const text = await raw.next();
+    assert(typeof text === "string" && !text.includes('"error"'), `${text}`);
+    for (const line of text.split("\n")) if (line.includes('"history"')) answered.push(JSON.parse(line).before);
+  }
+  assertEquals(answered, asked);
+});
+
+test("what many ask for at one moment is sent a share in each turn of the event loop", async () => {
+  await using chat = await start();
+  await using ada = await Client.open(chat, { username: "Ada" });
+  await ada.say(...count(1, 200).map(() => "x".repeat(2000)));
+  const guests = await Promise.all(count(1, 100).map(() => Client.open(chat, { since: 200 })));
+  const { send } = WebSocket.prototype;
+  let [sent, most] = [0, 0];
+  using _watched = patch(WebSocket.prototype, "send", function (this: WebSocket, data) {
+    if (sent === 0) setImmediate(() => sent = 0);
+    most = Math.max(most, sent += `${data}`.length);
+    send.call(this, data);
+  });
+  for (const guest of guests) for (let i = 0; i < 5; i++) guest.send({ event: "history", before: 201 });
+  await Promise.all(guests.map((guest) => guest.until(() => guest.events.filter(is("history")).length === 5)));
+  for (const guest of guests) await guest[Symbol.asyncDispose]();
+  assert(most < 500_000, `${most} characters in one turn`);
+});
+
 test("everyone who joined is told who comes, goes and types", async () => {
   await using chat = await start();
   await using ada = await Client.open(chat, { username: "Ada" });
