@@ -605,7 +605,7 @@ class Log {
   }
 }
 
-const HEAD = ["chat", "head"]; // → { layout, last }, the number of the newest message
+const HEAD = ["chat", "head"]; // → { layout, last, by }: the number of the newest message, and which instance wrote it
 const LOG = ["chat", "log"]; // [...LOG, first] → an entry: its lines, joined, in UTF-8
 const ROSTERS = ["chat", "here"]; // [...ROSTERS, instance] → { online, users }
 const LAYOUT = 1, MAX_VALUE = 64 * 1024; // version of these keys and values; bytes of one value, and so of one entry
@@ -622,6 +622,7 @@ const MAX_TURNS = 20, HANGS = 5000; // turns that arriving messages are waited f
 class Store {
   isClosed = false; // nothing more is started
   working?: Promise<void>; // pending while there is anything to read or to write
+  readonly #id = crypto.randomUUID();
   readonly #buffer = new Uint8Array(MAX_VALUE);
   #version: string | null = ""; // the versionstamp of the head: null if there is none, and the empty string until it is read
   #entries: number[] = []; // the first messages of the entries that the database holds
@@ -694,7 +695,7 @@ class Store {
     const first = this.log.head + 1, last = this.log.head + lines.length, expired = this.#expired(last);
     const { written: bytes } = ENCODER.encodeInto(text, this.#buffer);
     const commit = this.kv.atomic().check({ key: HEAD, versionstamp: this.#version });
-    commit.set(HEAD, { layout: LAYOUT, last }).set([...LOG, first], this.#buffer.subarray(0, bytes));
+    commit.set(HEAD, { layout: LAYOUT, last, by: this.#id }).set([...LOG, first], this.#buffer.subarray(0, bytes));
     for (const entry of expired) commit.delete([...LOG, entry]);
     this.#due = this.#queue[lines.length - 1].due;
     this.#uncertain = text; // if this throws, the same entry is tried again until the outcome is known
@@ -725,8 +726,8 @@ class Store {
 
   async #pull(): Promise<void> {
     this.#isBehind = false; // what is written from here on may be missed
-    const { value, versionstamp } = await this.kv.get<{ layout: number; last: number }>(HEAD);
-    const { layout, last } = value ?? { layout: LAYOUT, last: 0 };
+    const { value, versionstamp } = await this.kv.get<{ layout: number; last: number; by?: string }>(HEAD);
+    const { layout, last, by } = value ?? { layout: LAYOUT, last: 0 };
     if (layout !== LAYOUT || !isWhole(last)) throw new Error(`the database has layout ${layout}, not ${LAYOUT}`);
     if (versionstamp === this.#version) return;
     if (last < this.log.head) { // the room was emptied
@@ -734,7 +735,7 @@ class Store {
       this.log.restart(0);
       await this.room.written([], 0);
     }
-    await this.#read();
+    await this.#read(by === this.#id ? 0 : last);
     if (this.log.head < last) { // what is missing was deleted: meanwhile, because so much was written, or by hand
       this.#isBehind ||= (await this.kv.get(HEAD)).versionstamp !== versionstamp;
       if (this.#isBehind) return;
@@ -744,13 +745,13 @@ class Store {
     this.#version = versionstamp;
   }
 
-  async #read(): Promise<void> {
+  async #read(foreign: number): Promise<void> { // message of another instance, which may have said the same
     let told = this.log.head; // the last message that readers were given: small entries are given together
     for await (const entry of this.kv.list<Uint8Array>({ prefix: LOG, start: [...LOG, this.log.head + 1] })) {
       const { first, text, lines, ids } = decode(entry, this.log.head), last = first + lines.length - 1;
       if (last - told > this.log.history / 50) told = await this.room.written([], told);
       if (first > this.log.head + 1) this.log.restart(first - 1); // what was before it is deleted
-      const accepted = text === this.#uncertain ? this.#queue.splice(0, lines.length) : [];
+      const accepted = text === this.#uncertain && last !== foreign ? this.#queue.splice(0, lines.length) : [];
       const most = Math.max(MAX_ENTRIES, 2 * this.log.history); // others have deleted what is more by now
       if (this.#version) this.#entries.splice(0, this.#entries.length - most);
       this.#entries.push(first);

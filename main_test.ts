@@ -1213,6 +1213,28 @@ test("a message that is sent again is not doubled: here, after a restart, or thr
   assertEquals(texts(await everything(other)), ["once", "next", "through both"]);
 });
 
+test("who says what someone else says on another instance at the same moment is heard, too", async () => {
+  using kv = await Deno.openKv(":memory:");
+  await using other = await start({ db: kv });
+  await using grace = await Client.open(other, { username: "Guest" });
+  const same = { username: "Guest", message: "Hi" };
+  let isFirst = true;
+  const db = unreliable(kv, async (call, name) => {
+    if (name !== "commit" || !isFirst) return await call();
+    isFirst = false;
+    grace.send(same);
+    await grace.has(is("receive_message"));
+    throw new Error("database is locked");
+  });
+  await using chat = await start({ db });
+  await using ada = await Client.open(chat, { username: "Guest" });
+  const now = Date.now();
+  using _clock = patch(Date, "now", () => now);
+  ada.send(same);
+  await ada.until(() => ada.messages().length === 2);
+  assertEquals(texts(await everything(chat)), ["Hi", "Hi"]);
+});
+
 test("joins that ask for what is to come do not keep a slow database from being written", async () => {
   using kv = await Deno.openKv(":memory:");
   const db = unreliable(kv, async (call, name) => {
