@@ -249,9 +249,10 @@ class Room {
       const one = `${first} from ${JSON.stringify(username)}, ${message.length} characters`;
       stdout.print(`Message received: ${accepted.length > 1 ? `${accepted.length} at once, from ${first} on` : one}`);
     }
-    let sent = 0; // those who are behind do not hold up the rest, nor do those who get a frame for each message
+    let sent = 0; // those who are behind, or asked for more, do not hold up the rest, nor who gets a frame for each message
     const isNext = (client: Client) => client.joined || (sent += this.log.head - from) <= MAX_FRAMES;
-    await this.#broadcast((client) => client.place >= from && isNext(client) ? client.feed() : 0).catch(report);
+    const isReady = (client: Client) => client.place >= from && client.wanted.length === 0 && isNext(client);
+    await this.#broadcast((client) => isReady(client) ? client.feed() : 0).catch(report);
     this.catchUp();
     return this.log.head;
   }
