@@ -490,9 +490,8 @@ class Requests {
 
   #spend(client: Client, limit: Limit, price?: number): number {
     const { rateLimit } = this.room.settings;
-    if (rateLimit === 0) return 0;
     const rate = limit === "send_message" ? rateLimit : limit === "frame" ? 50 + 5 * rateLimit : RATES[limit];
-    return (client.buckets[limit] ??= new Bucket(rate)).spend(price);
+    return rateLimit && (client.buckets[limit] ??= new Bucket(rate)).spend(price);
   }
 
   #refuse(client: Client, refusal: Refusal): void {
@@ -900,17 +899,17 @@ function checkJoin({ username, since, time, key, password }: Record<string, unkn
 }
 
 const INVISIBLE = /[[\p{C}\p{DI}\u2800\ufffc\u{13441}\u{13442}\u{16fe4}\u{1d159}]--[\t-\r]]/gv; // DI: default ignorable
-/** Marks that cannot be seen, or that cover other lines: the ninth of a letter, one that is there already, the dot of an i. */
-const NEEDLESS = /(?<=\p{M}{8})\p{M}|(?<=(\p{M})\p{M}{0,7})\1|(?<=[\p{SD}\u0131\u0237]\p{M}{0,7})\u0307/gu;
+const DOT = /(?<=[\p{SD}\u0131\u0237]\p{M}*)\u0307/gu; // on an i, which has one
+const withFewMarks = (text: string) => text.replace(/\p{M}+/gu, (marks) => [...new Set(marks)].slice(0, 8).join(""));
 const FEW_VALUES = /^[^"]{0,64}(?:"[^"\\]*(?:\\.[^"\\]*)*"[^"]{0,64}){0,24}$/s; // JSON that costs little to parse
 /** A message in ASCII with nothing to clean or escape, no longer than MAX_USERNAME and MAX_MESSAGE: its body is a part of it. */
 const USUAL =
   /^{"event":"send_message",("username":"(?=[^"]{1,40}")([!#-[\]-~]+(?: [!#-[\]-~]+)*)","message":"([!#-[\]-~](?:[ !#-[\]-~]{0,1998}[!#-[\]-~])?)"(?:,"id":"([\w-]{1,64})")?})$/;
-/** A name as it is shown: nothing in it can hide, reorder a line, or add one. Undefined if it is invalid. */
+/** A name as it is shown: nothing in it can hide, cover or reorder a line, or add one. Undefined if it is invalid. */
 function cleanName(name: unknown): string | undefined {
   if (typeof name !== "string" || name.length > MAX_UNCLEAN) return undefined;
-  const visible = name.toWellFormed().replace(INVISIBLE, "").replace(/\s+/g, " ").trim();
-  const clean = visible.replace(NEEDLESS, "").normalize("NFD").replace(NEEDLESS, "").normalize();
+  const shown = name.toWellFormed().replace(INVISIBLE, "").replace(/(?<=^|\s)\p{M}+/gu, "").replace(/\s+/g, " ").trim();
+  const clean = withFewMarks(withFewMarks(shown).normalize("NFD")).replace(DOT, "").normalize();
   return clean.length > 0 && clean.length <= MAX_USERNAME ? clean : undefined;
 }
 
