@@ -3044,11 +3044,11 @@ pageTest("shows what is nothing but markup without a thousand elements", async (
 });
 
 pageTest(
-  "shows long words in pieces, since breaking them takes a browser long",
+  "shows long texts of other scripts in pieces, since they may take a browser long",
   async ({ run, guest, enter, until }) => {
     await enter("Ada");
     const eve = await guest("Eve");
-    const long = ["\u0f00", "a\u05d0", "x\u00a0", "👩‍🚀", "e\u0301", "\u0600\u0d4e"].map((text) =>
+    const long = ["\u0f00", "a\u05d0", "\u0f00\u00a0", "👩‍🚀", "\u0600\u0d4e", "\u0628\u0e01 "].map((text) =>
       text.repeat(2000 / text.length)
     );
     const texts = [...long, `\`${long[0].slice(2)}\``, `https://chat.test/${long[0].slice(20)}`];
