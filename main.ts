@@ -371,7 +371,7 @@ class Client {
   feed(): number {
     const { log } = this.room, isReady = () => sent < MAX_COPIES && !this.isBackedUp();
     let sent = 0;
-    while (this.wanted.length > 0 && isReady()) {
+    while (this.wanted.length > 0 && this.place < Infinity && isReady()) {
       const page = log.before(this.wanted.shift()!);
       sent += this.send(page) ? 3 * page.length : MAX_COPIES;
     }
