@@ -365,6 +365,7 @@ class Client {
   #frames = 0; // that they were in
   #waiting = Infinity; // how many did when it was last found backed up
   #tookAt = 0; // when it last took some of them, in ms since the process began
+  readonly fail = (error: unknown) => (report(error), this.close(1011, "internal error"));
   constructor(readonly room: Room, readonly socket: WebSocket, readonly address: string | undefined) {}
 
   /** Sends what it asked for and the messages after its place, as long as it reads. Returns at least the bytes sent. */
@@ -413,11 +414,6 @@ class Client {
     this.#waiting = isFull ? this.#unsent : Infinity;
     if (isFull && now - this.#tookAt > STALL) this.close(1013, "too slow");
     return isFull;
-  }
-
-  fail(error: unknown): void {
-    report(error);
-    this.close(1011, "internal error");
   }
 
   /** Ends the connection, after `delay` ms. The client counts as gone at once: its peer may never answer. */
@@ -597,10 +593,7 @@ class Log {
   }
 
   restart(head: number): void {
-    this.head = head;
-    this.oldest = head + 1;
-    this.#lines = [];
-    this.newest = undefined;
+    [this.head, this.oldest, this.#lines, this.newest] = [head, head + 1, [], undefined];
     for (const [id, seq] of this.ids) if (typeof seq === "number") this.ids.delete(id);
   }
 }
