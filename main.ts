@@ -376,7 +376,7 @@ class Client {
       const page = log.before(this.wanted.shift()!);
       sent += this.send(page) ? 3 * page.length : MAX_COPIES;
     }
-    while (this.place < log.head && isReady()) {
+    while (this.place < log.head && log.oldest <= log.head && isReady()) {
       const batch = log.after(this.place), sendLine = (line: string) => this.send(line) && ++this.place;
       if (!batch) this.close(1013, "what comes next is no longer kept");
       else if (this.joined ? this.send(batch.text, batch.bytes) : batch.lines.every(sendLine)) {
@@ -523,9 +523,8 @@ class Requests {
     const resumed = isKnown && since >= oldest - 1;
     if (client.joined) presence.count(client.username, -1);
     presence.count(username, 1);
-    client.place = Math.max(isKnown ? since : head - PAGE, oldest - 1);
-    client.username = username;
-    client.joined = client.needsRoster = true;
+    client.place = resumed ? since : isKnown || head - PAGE < oldest ? START : head - PAGE;
+    [client.username, client.joined, client.needsRoster] = [username, true, true];
     client.send(JSON.stringify({ event: "joined", seq: head, oldest, resumed, username, tag: client.tag }));
     this.room.feed(client);
     this.room.hasNews = true;
@@ -543,7 +542,7 @@ class Requests {
 }
 
 // ──────────────────────────────────────────────────── The log ────────────────────────────────────────────────────
-const MAX_BATCH = 64 * 1024; // UTF-16 units of lines in one frame
+const MAX_BATCH = 64 * 1024, START = -1; // UTF-16 units of lines in one frame; the place before the oldest message that is kept
 /** Messages that are sent together: their lines, the lines joined, and an upper bound of the size of that in bytes. */
 type Batch = { first: number; last: number; lines: string[]; text: string; bytes: number };
 /** The messages that are kept, in memory: their lines as they go on the wire, oldest first, without a gap. */
@@ -558,13 +557,13 @@ class Log {
   readonly line = (seq: number): string => this.#lines[seq - this.oldest];
 
   after(seq: number): Batch | undefined {
-    const first = seq + 1, start = first - this.oldest;
+    const first = seq === START ? this.oldest : seq + 1, start = first - this.oldest;
     if (this.newest?.first === first) return this.newest;
     if (start < 0) return undefined;
     let end = start, units = 0;
     do units += this.#lines[end++].length + 1; while (end < this.#lines.length && units < MAX_BATCH);
     const lines = this.#lines.slice(start, end);
-    return { first, last: seq + lines.length, lines, text: lines.join("\n"), bytes: 3 * units };
+    return { first, last: first + lines.length - 1, lines, text: lines.join("\n"), bytes: 3 * units };
   }
 
   before(seq: number): string {

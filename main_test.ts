@@ -1639,6 +1639,25 @@ test("a reader that pauses is given no more than it takes, and then goes on wher
   assertMatch(`${await lazy.next()}`, /"seq":5001,/);
 });
 
+test("who comes back after long, and has to wait for its turn, begins with the oldest message kept by then", async () => {
+  await using chat = await start({ history: 300, rateLimit: 0 });
+  await using ada = await Client.open(chat, { username: "Ada" });
+  await ada.say(...count(1, 400).map(() => "\u20ac".repeat(2000)));
+  using late = await Raw.open(chat.addr.port);
+  await late.frame({ event: "join", since: 400 });
+  for (let i = 0; i < 60; i++) await late.frame({ event: "history", before: 401 }); // more than it is sent unread
+  await late.frame({ event: "join", username: "Late", since: 1 });
+  await ada.until(() => ada.events.some(({ joined }) => joined?.includes("Late")));
+  await ada.say(...numbered(100));
+  const taken: number[] = [];
+  while (taken.at(-1) !== 500) {
+    const frame = await late.next();
+    assert(typeof frame === "string", `closed with ${frame} after ${taken.at(-1)}`);
+    taken.push(...seqs(frame.split("\n").map((line) => JSON.parse(line)).filter(is("receive_message"))));
+  }
+  assertEquals(taken, count(201, 500));
+});
+
 test("readers that catch up take turns", async () => {
   await using chat = await start();
   await using ada = await Client.open(chat, { username: "Ada" });
