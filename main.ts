@@ -50,7 +50,7 @@ export async function startChat(options: ChatOptions = {}): Promise<Chat> {
     if (pathname !== "/" && pathname !== "/healthz") return respond(404, "Not found");
     if (!/^(GET|HEAD)$/.test(request.method)) return respond(405, "Method not allowed", { allow: "GET, HEAD" });
     if (pathname === "/") return await servePage(request);
-    return trouble ? respond(503, trouble) : respond(200, room?.isFull(address) ? "full" : "ok");
+    return trouble ? respond(503, trouble) : respond(200, room?.refuses(address) === FULL ? "full" : "ok");
   };
   const end = async () => {
     await room?.close().catch(report);
@@ -69,14 +69,13 @@ export async function startChat(options: ChatOptions = {}): Promise<Chat> {
   }
 }
 
-const OPENING = "The room is opening";
+const OPENING = "The room is opening", FULL = "The room is full";
 const AUTHORITY_AND_PATH = /^[a-z+]+:\/\/[\w.:%[\]-]{0,300}(\/[^?#]*)/; // the platform's parser may take long for a host
 const respond = (status: number, body: string, headers?: HeadersInit) => new Response(`${body}\n`, { status, headers });
 function upgrade(request: Request, address: string | undefined, room: Room): Response {
   if (!isAllowed(request, room.settings)) return respond(403, "This page may not connect");
-  if (room.isFull(address)) return respond(503, "The room is full", { "retry-after": "30" });
-  const isRushed = room.settings.rateLimit > 0 && address && spendFor(address, room.handshakes, HANDSHAKES) > 0;
-  if (isRushed) return respond(503, "Too many handshakes", { "retry-after": "1" }); // they starve those who are in
+  const reason = room.refuses(address);
+  if (reason) return respond(503, reason, { "retry-after": reason === FULL ? "30" : "1" });
   try {
     const { socket, response } = Deno.upgradeWebSocket(request, { idleTimeout: room.settings.idleTimeout });
     room.add(socket, address);
@@ -123,10 +122,10 @@ function pageServer(title: string): (request: Request) => Promise<Response> {
   };
   const bodies: Partial<Record<string, ReturnType<typeof compress>>> = {}, plain = ENCODER.encode(html);
   return async (request) => {
-    const accepted = request.headers.get("accept-encoding") ?? "", headers = await making;
+    const accepted = request.headers.get("accept-encoding") ?? "", isHead = request.method === "HEAD";
     const coding = (["br", "gzip"] as const).find((coding) => new RegExp(`\\b${coding}\\b(?!\\s*;)`).test(accepted));
-    const body = coding ? await (bodies[coding] ??= compress(coding)) : plain;
-    return new Response(body, { headers: coding ? { ...headers, "content-encoding": coding } : headers });
+    const body = isHead ? null : coding ? await (bodies[coding] ??= compress(coding)) : plain;
+    return new Response(body, { headers: { ...await making, ...coding && { "content-encoding": coding } } });
   };
 }
 
@@ -149,7 +148,7 @@ function listen(options: Deno.ServeTcpOptions & { signal: AbortSignal }, handler
 
 // ──────────────────────────────────────────────────── The room ────────────────────────────────────────────────────
 const MAX_COPIES = 128 * 1024, MAX_FRAMES = 2000; // bytes sent before a turn of the event loop; frames of one message before a commit
-const HANDSHAKES = 100, DEADLINE = 10_000; // a second and address; ms to complete one, and to give the password
+const HANDSHAKES = 100, DEADLINE = 10_000; // a second and address, as more starve those who are in; ms to complete one, and to give the password
 const TICK = 50, EXCHANGE_EVERY = 20, PAID_EVERY = 200; // ms between looks; looks until presence is exchanged; until a remote database is read, which is billed
 const GRACE = 380; // ms that a shutdown waits for each of the log, the clients, the database, the listener, and the terminal
 /** Everyone who is connected, and what they are sent. */
@@ -160,7 +159,7 @@ class Room {
   readonly presence: Presence;
   readonly #requests = new Requests(this);
   readonly #debts = new Map<string, Bucket>(); // for messages, of addresses whose clients left
-  readonly handshakes = new Map<string, Bucket>(); // of addresses
+  readonly #handshakes = new Map<string, Bucket>(); // of addresses; a look at /healthz counts as one
   readonly #emptied = Promise.withResolvers<void>(); // when the last client has gone, at the end
   #ticking?: ReturnType<typeof setInterval>;
   #copied = 0; // bytes sent since it last yielded
@@ -184,10 +183,12 @@ class Room {
     if (!this.#isClosed) this.#ticking = setInterval(() => this.#tick(), TICK);
   }
 
-  isFull(address: string | undefined): boolean {
-    const { maxClients, maxClientsPerAddress: most } = this.settings;
+  /** Why nobody of this address is let in, if nobody is. To count its clients costs: that is paid for first. */
+  refuses(address: string | undefined): string | undefined {
+    const { maxClients, maxClientsPerAddress: most, rateLimit } = this.settings;
+    if (rateLimit && address && spendFor(address, this.#handshakes, HANDSHAKES) > 0) return "Too many handshakes";
     const neighbours = address && most > 0 ? this.#clients.values().filter((client) => client.address === address) : [];
-    return this.#clients.size >= maxClients || most > 0 && [...neighbours].length >= most;
+    return this.#clients.size >= maxClients || most > 0 && [...neighbours].length >= most ? FULL : undefined;
   }
 
   /** Adds a socket. Once it is open it gets every message, unless the room has a password. */
@@ -980,7 +981,7 @@ const SETTINGS: Record<keyof ChatOptions, Setting> = {
 function resolveSettings(options?: ChatOptions): Settings {
   const settings = Object.entries(SETTINGS).map(([option, [variable, fallback, rule]]) => {
     const given = options ? options[option as keyof ChatOptions] : Deno.env.get(variable) || undefined;
-    if (given === undefined || given instanceof Deno.Kv) return [option, given ?? fallback];
+    if (given === undefined || given instanceof (Deno.Kv ?? Object)) return [option, given ?? fallback];
     const value = parse(given, rule);
     if (value !== undefined && (!options || typeof value === typeof given)) return [option, value];
     const sense = typeof rule === "string" ? rule : `a whole number from ${rule.join(" to ")}`;

@@ -2309,6 +2309,29 @@ test("an address that connects again and again is refused for a while, and nobod
   assertMatch(await come("192.0.2.1"), /^HTTP\/1.1 101 /);
 });
 
+test("whether there is room for an address is not counted more often than it may ask", async () => {
+  await using chat = await start({ rateLimit: 20, maxClients: 3, maxClientsPerAddress: 1, trustProxy: true });
+  const come = async (address: string) => {
+    using raw = await Raw.connect(chat.addr.port, ...HANDSHAKE, `X-Forwarded-For: ${address}`);
+    return await raw.head();
+  };
+  const look = async (address: string) => {
+    const response = await fetch(`http://127.0.0.1:${chat.addr.port}/healthz`, {
+      headers: { "x-forwarded-for": address },
+    });
+    return await response.text();
+  };
+  using _there = await Raw.open(chat.addr.port, "X-Forwarded-For: 192.0.2.1");
+  const now = Math.ceil(performance.now());
+  using _still = patch(performance, "now", () => now);
+  assertEquals(await look("192.0.2.1"), "full\n");
+  assertMatch(await come("192.0.2.1"), /^HTTP\/1.1 503 [^]*\r\nretry-after: 30\r\n/i);
+  for (let i = 0; i < 250; i++) await Promise.all([look("192.0.2.1"), come("192.0.2.1")]);
+  assertEquals(await look("192.0.2.1"), "ok\n");
+  assertMatch(await come("192.0.2.1"), /^HTTP\/1.1 503 [^]*\r\nretry-after: 1\r\n/i);
+  assertEquals(await look("192.0.2.2"), "ok\n");
+});
+
 test("a long Accept-Encoding holds nobody up", async () => {
   await using chat = await start();
   await using ada = await Client.open(chat);
