@@ -498,8 +498,8 @@ class Requests {
 
   #accept(client: Client, message: Message): void {
     const { id = "", username } = message, { log, store } = this.room, seq = log.ids.get(id) ?? 0;
-    if (typeof seq === "object") return void (seq.sender = client); // who is told if there is no room
-    if (seq > client.place) return; // it comes in its turn
+    if (typeof seq === "object") return void ([seq.sender, client.due] = [client, Math.max(client.due, seq.due)]); // who is told if there is no room
+    if (seq > 0 && seq > client.place) return; // it comes in its turn
     if (seq >= log.oldest) return void client.send(log.line(seq)); // an id may outlive its message
     if (client.tag) message.body = `${message.body.slice(0, -1)},"tag":"${client.tag}"}`;
     if (this.room.presence.typing.size > 0) this.room.presence.typing.delete(username);

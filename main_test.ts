@@ -1379,6 +1379,24 @@ test("who says much waits for the others, and gives way to them where there is n
   assertEquals(texts(by("Ada")), texts(by("Ada")).toSorted((a, b) => +a - +b));
 });
 
+test("what is said after coming back comes after what was sent again", async () => {
+  using kv = await Deno.openKv(":memory:");
+  const { db, works } = held(kv);
+  await using chat = await start({ db });
+  const said = numbered(20).map((message, id) => ({ username: "Ada", message, id: `${id}` }));
+  {
+    await using ada = await Client.open(chat);
+    for (const message of said.slice(0, 10)) ada.send(message);
+    await ada.ask({ event: "ping" }, is("pong"));
+  }
+  await using ada = await Client.open(chat);
+  for (const message of said) ada.send(message);
+  await ada.ask({ event: "ping" }, is("pong"));
+  works.resolve();
+  await ada.until(() => ada.messages().length === 20);
+  assertEquals(texts(ada.messages()), numbered(20));
+});
+
 test("a short message does not wait for as many long ones", async () => {
   using kv = await Deno.openKv(":memory:");
   const { db, works } = held(kv);
