@@ -598,11 +598,12 @@ class Log {
   }
 }
 
-const HEAD = ["chat", "head"]; // → { layout, last, by }: the number of the newest message, and which instance wrote it
+type Head = { layout: number; last: number; writers?: string[] }; // the newest message; which instances wrote last, and from which message on
+const HEAD = ["chat", "head"]; // → a Head
 const LOG = ["chat", "log"]; // [...LOG, first] → an entry: its lines, joined, in UTF-8
 const ROSTERS = ["chat", "here"]; // [...ROSTERS, instance] → { online, users }
 const LAYOUT = 1, MAX_VALUE = 64 * 1024; // version of these keys and values; bytes of one value, and so of one entry
-const MAX_DELETES = 500, MAX_ENTRIES = 20_000; // entries that one commit deletes; that are remembered where others delete too
+const MAX_DELETES = 500, MAX_ENTRIES = 20_000, MAX_WRITERS = 16; // entries that one commit deletes; that are remembered where others delete too; instances in a head
 const MAX_QUEUE = 8000, MESSAGE_COST = 100; // messages that wait for the next commit; characters that each counts besides its own
 const MAX_TURNS = 20, HANGS = 5000; // turns that arriving messages are waited for; ms until the database is said not to respond
 /**
@@ -617,6 +618,7 @@ class Store {
   working?: Promise<void>; // pending while there is anything to read or to write
   readonly #id = crypto.randomUUID();
   readonly #buffer = new Uint8Array(MAX_VALUE);
+  #writers: string[] = [];
   #version: string | null = ""; // the versionstamp of the head: null if there is none, and the empty string until it is read
   #entries: number[] = []; // the first messages of the entries that the database holds
   #queue: Queued[] = [];
@@ -687,8 +689,10 @@ class Store {
     const text = this.#uncertain ?? this.#nextEntry(Date.now()), lines = text.split("\n");
     const first = this.log.head + 1, last = this.log.head + lines.length, expired = this.#expired(last);
     const { written: bytes } = ENCODER.encodeInto(text, this.#buffer);
+    const others = this.#writers.filter((writer) => !writer.startsWith(this.#id)).slice(-MAX_WRITERS);
     const commit = this.kv.atomic().check({ key: HEAD, versionstamp: this.#version });
-    commit.set(HEAD, { layout: LAYOUT, last, by: this.#id }).set([...LOG, first], this.#buffer.subarray(0, bytes));
+    const head: Head = { layout: LAYOUT, last, writers: [...others, `${this.#id} ${first}`] };
+    commit.set(HEAD, head).set([...LOG, first], this.#buffer.subarray(0, bytes));
     for (const entry of expired) commit.delete([...LOG, entry]);
     this.#due = this.#queue[lines.length - 1].due;
     this.#uncertain = text; // if this throws, the same entry is tried again until the outcome is known
@@ -696,7 +700,7 @@ class Store {
     this.#isBehind ||= !result.ok;
     if (!result.ok) return false;
     this.#uncertain = undefined;
-    this.#version = result.versionstamp;
+    [this.#version, this.#writers] = [result.versionstamp, head.writers!];
     this.#entries.splice(0, expired.length);
     this.#entries.push(first);
     const accepted = this.#queue.splice(0, lines.length);
@@ -719,8 +723,8 @@ class Store {
 
   async #pull(): Promise<void> {
     this.#isBehind = false; // what is written from here on may be missed
-    const { value, versionstamp } = await this.kv.get<{ layout: number; last: number; by?: string }>(HEAD);
-    const { layout, last, by } = value ?? { layout: LAYOUT, last: 0 };
+    const { value, versionstamp } = await this.kv.get<Head>(HEAD);
+    const { layout, last, writers = [] } = value ?? { layout: LAYOUT, last: 0 };
     if (layout !== LAYOUT || !isWhole(last)) throw new Error(`the database has layout ${layout}, not ${LAYOUT}`);
     if (versionstamp === this.#version) return;
     if (last < this.log.head) { // the room was emptied
@@ -728,23 +732,24 @@ class Store {
       this.log.restart(0);
       await this.room.written([], 0);
     }
-    await this.#read(by === this.#id ? 0 : last);
+    await this.#read();
     if (this.log.head < last) { // what is missing was deleted: meanwhile, because so much was written, or by hand
       this.#isBehind ||= (await this.kv.get(HEAD)).versionstamp !== versionstamp;
       if (this.#isBehind) return;
       this.log.restart(last);
     }
     this.#uncertain = undefined; // it was written on top of another head, or never will be
-    this.#version = versionstamp;
+    [this.#version, this.#writers] = [versionstamp, writers];
   }
 
-  async #read(foreign: number): Promise<void> { // message of another instance, which may have said the same
+  async #read(): Promise<void> {
     let told = this.log.head; // the last message that readers were given: small entries are given together
     for await (const entry of this.kv.list<Uint8Array>({ prefix: LOG, start: [...LOG, this.log.head + 1] })) {
       const { first, text, lines, ids } = decode(entry, this.log.head), last = first + lines.length - 1;
       if (last - told > this.log.history / 50) told = await this.room.written([], told);
       if (first > this.log.head + 1) this.log.restart(first - 1); // what was before it is deleted
-      const accepted = text === this.#uncertain && last !== foreign ? this.#queue.splice(0, lines.length) : [];
+      const { writers } = text === this.#uncertain && (await this.kv.get<Head>(HEAD)).value || {}; // others may say the same
+      const accepted = writers?.includes(`${this.#id} ${first}`) ? this.#queue.splice(0, lines.length) : [];
       const most = Math.max(MAX_ENTRIES, 2 * this.log.history); // others have deleted what is more by now
       if (this.#version) this.#entries.splice(0, this.#entries.length - most);
       this.#entries.push(first);

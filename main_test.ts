@@ -1228,6 +1228,7 @@ test("who says what someone else says on another instance at the same moment is 
     isFirst = false;
     grace.send(same);
     await grace.has(is("receive_message"));
+    await grace.say("and more");
     throw new Error("database is locked");
   });
   await using chat = await start({ db });
@@ -1235,8 +1236,8 @@ test("who says what someone else says on another instance at the same moment is 
   const now = Date.now();
   using _clock = patch(Date, "now", () => now);
   ada.send(same);
-  await ada.until(() => ada.messages().length === 2);
-  assertEquals(texts(await everything(chat)), ["Hi", "Hi"]);
+  await ada.until(() => ada.messages().length === 3);
+  assertEquals(texts(await everything(chat)), ["Hi", "and more", "Hi"]);
 });
 
 test("joins that ask for what is to come do not keep a slow database from being written", async () => {
