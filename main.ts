@@ -50,7 +50,7 @@ export async function startChat(options: ChatOptions = {}): Promise<Chat> {
     if (pathname !== "/" && pathname !== "/healthz") return respond(404, "Not found");
     if (!/^(GET|HEAD)$/.test(request.method)) return respond(405, "Method not allowed", { allow: "GET, HEAD" });
     if (pathname === "/") return await servePage(request);
-    return trouble ? respond(503, trouble) : respond(200, room?.refuses(address) === FULL ? "full" : "ok");
+    return trouble ? respond(503, trouble) : respond(200, room?.isFull(address) ? "full" : "ok");
   };
   const end = async () => {
     await room?.close().catch(report);
@@ -69,13 +69,14 @@ export async function startChat(options: ChatOptions = {}): Promise<Chat> {
   }
 }
 
-const OPENING = "The room is opening", FULL = "The room is full";
+const OPENING = "The room is opening";
 const AUTHORITY_AND_PATH = /^[a-z+]+:\/\/[\w.:%[\]-]{0,300}(\/[^?#]*)/; // the platform's parser may take long for a host
 const respond = (status: number, body: string, headers?: HeadersInit) => new Response(`${body}\n`, { status, headers });
 function upgrade(request: Request, address: string | undefined, room: Room): Response {
   if (!isAllowed(request, room.settings)) return respond(403, "This page may not connect");
-  const reason = room.refuses(address);
-  if (reason) return respond(503, reason, { "retry-after": reason === FULL ? "30" : "1" });
+  if (room.isFull(address)) return respond(503, "The room is full", { "retry-after": "30" });
+  const isRushed = room.settings.rateLimit > 0 && address && spendFor(address, room.handshakes, HANDSHAKES) > 0;
+  if (isRushed) return respond(503, "Too many handshakes", { "retry-after": "1" }); // they starve those who are in
   try {
     const { socket, response } = Deno.upgradeWebSocket(request, { idleTimeout: room.settings.idleTimeout });
     room.add(socket, address);
@@ -87,11 +88,10 @@ function upgrade(request: Request, address: string | undefined, room: Room): Res
 
 /** Reports whether the origin may connect: the server's own, an allowed one, or none, which is not a browser. */
 function isAllowed({ headers }: Request, { allowedOrigins, tlsCert, trustProxy }: Settings): boolean {
-  const origin = headers.get("origin");
+  const origin = headers.get("origin"), host = headers.get("host")?.toLowerCase(); // with the default port, perhaps
   if (origin === null || allowedOrigins.includes(origin)) return true;
   const isSecure = tlsCert || trustProxy && headers.get("x-forwarded-proto") === "https";
   const schemes = [["https://", ":443"], ["http://", ":80"]].slice(0, isSecure ? 1 : 2);
-  const host = headers.get("host")?.toLowerCase(); // with the default port, perhaps: an origin has none
   return schemes.some(([scheme, port]) => [origin, origin + port].includes(scheme + host));
 }
 
@@ -124,8 +124,9 @@ function pageServer(title: string): (request: Request) => Promise<Response> {
   return async (request) => {
     const accepted = request.headers.get("accept-encoding") ?? "", isHead = request.method === "HEAD";
     const coding = (["br", "gzip"] as const).find((coding) => new RegExp(`\\b${coding}\\b(?!\\s*;)`).test(accepted));
-    const body = isHead ? null : coding ? await (bodies[coding] ??= compress(coding)) : plain;
-    return new Response(body, { headers: { ...await making, ...coding && { "content-encoding": coding } } });
+    const body = coding ? await (bodies[coding] ??= compress(coding)) : plain;
+    const headers = { ...await making, ...coding && { "content-encoding": coding } };
+    return new Response(isHead ? null : body, { headers: { ...headers, "content-length": `${body.length}` } });
   };
 }
 
@@ -148,18 +149,19 @@ function listen(options: Deno.ServeTcpOptions & { signal: AbortSignal }, handler
 
 // ──────────────────────────────────────────────────── The room ────────────────────────────────────────────────────
 const MAX_COPIES = 128 * 1024, MAX_FRAMES = 2000; // bytes sent before a turn of the event loop; frames of one message before a commit
-const HANDSHAKES = 100, DEADLINE = 10_000; // a second and address, as more starve those who are in; ms to complete one, and to give the password
+const HANDSHAKES = 100, DEADLINE = 10_000; // a second and address; ms to complete one, and to give the password
 const TICK = 50, EXCHANGE_EVERY = 20, PAID_EVERY = 200; // ms between looks; looks until presence is exchanged; until a remote database is read, which is billed
 const GRACE = 380; // ms that a shutdown waits for each of the log, the clients, the database, the listener, and the terminal
 /** Everyone who is connected, and what they are sent. */
 class Room {
   readonly #clients = new Set<Client>();
+  readonly #neighbours = new Map<string, Set<Client>>(); // those of each address
   readonly log: Log;
   readonly store: Store;
   readonly presence: Presence;
   readonly #requests = new Requests(this);
   readonly #debts = new Map<string, Bucket>(); // for messages, of addresses whose clients left
-  readonly #handshakes = new Map<string, Bucket>(); // of addresses; a look at /healthz counts as one
+  readonly handshakes = new Map<string, Bucket>(); // of addresses
   readonly #emptied = Promise.withResolvers<void>(); // when the last client has gone, at the end
   #ticking?: ReturnType<typeof setInterval>;
   #copied = 0; // bytes sent since it last yielded
@@ -183,12 +185,16 @@ class Room {
     if (!this.#isClosed) this.#ticking = setInterval(() => this.#tick(), TICK);
   }
 
-  /** Why nobody of this address is let in, if nobody is. To count its clients costs: that is paid for first. */
-  refuses(address: string | undefined): string | undefined {
-    const { maxClients, maxClientsPerAddress: most, rateLimit } = this.settings;
-    if (rateLimit && address && spendFor(address, this.#handshakes, HANDSHAKES) > 0) return "Too many handshakes";
-    const neighbours = address && most > 0 ? this.#clients.values().filter((client) => client.address === address) : [];
-    return this.#clients.size >= maxClients || most > 0 && [...neighbours].length >= most ? FULL : undefined;
+  isFull(address: string | undefined): boolean {
+    const { maxClients, maxClientsPerAddress: most } = this.settings, neighbours = this.#neighbours.get(address ?? "");
+    return this.#clients.size >= maxClients || most > 0 && !!address && (neighbours?.size ?? 0) >= most;
+  }
+
+  #count(client: Client, isHere: boolean): void {
+    const { address = "" } = client, neighbours = this.#neighbours.get(address) ?? new Set();
+    for (const clients of [this.#clients, neighbours]) clients[isHere ? "add" : "delete"](client);
+    if (neighbours.size > 0) this.#neighbours.set(address, neighbours);
+    else this.#neighbours.delete(address);
   }
 
   /** Adds a socket. Once it is open it gets every message, unless the room has a password. */
@@ -196,11 +202,11 @@ class Room {
     const client = new Client(this, socket, address), deadline = Math.min(DEADLINE, 1000 * this.settings.idleTimeout);
     const debt = this.#debts.get(address ?? ""); // who comes back does not begin anew
     if (debt) client.buckets.send_message = new Bucket(debt.rate, debt.fullAt);
-    this.#clients.add(client); // it counts from the handshake on
-    client.timer = setTimeout(() => this.#clients.delete(client), deadline); // a handshake that died has no event
+    this.#count(client, true); // from the handshake on
+    client.timer = setTimeout(() => this.#count(client, false), deadline); // a handshake that died has no event
     socket.onopen = () => {
       clearTimeout(client.timer);
-      this.#clients.add(client); // again, if it took long
+      this.#count(client, true); // again, if it took long
       if (this.#isClosed) return client.close(1001, "the server is going away");
       if (!this.settings.password) client.place = this.log.head;
       const end = () => client.place < Infinity || client.close(1008, "no password in time");
@@ -209,7 +215,7 @@ class Room {
     socket.onmessage = ({ data }) => this.#requests.receive(client, data);
     socket.onclose = () => {
       client.close(1000, "");
-      this.#clients.delete(client); // until then it counts: a peer that does not answer is not gone
+      this.#count(client, false); // until then it counts: a peer that does not answer is not gone
       const { send_message: debt } = client.buckets, { fullAt = 0 } = this.#debts.get(address ?? "") ?? {};
       if (address && debt && debt.fullAt > fullAt) put(this.#debts, [[address, debt]], isRefilled);
       if (this.#isClosed && this.#clients.size === 0) this.#emptied.resolve();
@@ -424,9 +430,7 @@ class Client {
     else this.socket.close(code, reason);
     if (this.joined) this.room.presence.count(this.username, -1);
     this.room.hasNews ||= this.joined;
-    this.joined = false;
-    this.isClosed = true;
-    this.place = Infinity;
+    [this.joined, this.isClosed, this.place] = [false, true, Infinity];
   }
 }
 
@@ -509,8 +513,7 @@ class Requests {
 
   async #join(client: Client, join: Join): Promise<void> {
     const waiting: NonNullable<Client["waiting"]> = client.waiting = [];
-    const joined = client.place < Infinity ? this.#admit(client, join) : this.#askPassword(client, join);
-    await joined.catch((error) => client.fail(error));
+    await (client.place < Infinity ? this.#admit(client, join) : this.#askPassword(client, join)).catch(client.fail);
     client.waiting = undefined;
     for (const frame of waiting) this.#do(client, frame);
   }
@@ -583,8 +586,7 @@ class Log {
   }
 
   add(batch: Batch, ids: (string | undefined)[]): void {
-    this.newest = batch;
-    this.head = batch.last;
+    [this.newest, this.head] = [batch, batch.last];
     this.#lines.push(...batch.lines);
     this.#lines.splice(0, this.#lines.length - this.history);
     this.oldest = this.head - this.#lines.length + 1;
@@ -839,8 +841,7 @@ class Presence {
     if (!isStale && (this.#online === 0 || now - this.#writtenAt < HEARTBEAT)) return;
     if (this.#online === 0) await this.kv.delete(own);
     else await this.kv.set(own, { online: this.#online, users: fitting(this.#users.keys()) });
-    this.#published = changes;
-    this.#writtenAt = now;
+    [this.#published, this.#writtenAt] = [changes, now];
   }
 }
 
@@ -908,8 +909,7 @@ const USUAL =
 function cleanName(name: unknown): string | undefined {
   if (typeof name !== "string" || name.length > MAX_UNCLEAN) return undefined;
   const shown = name.toWellFormed().replace(INVISIBLE, "").replace(/(?<=^|\s)\p{M}+/gu, "").replace(/\s+/g, " ").trim();
-  const whole = withFewMarks(shown).normalize().replace(LOOSE, "");
-  const clean = withFewMarks(whole.normalize("NFD")).replace(DOT, "").normalize();
+  const clean = withFewMarks(shown.normalize().replace(LOOSE, "").normalize("NFD")).replace(DOT, "").normalize();
   return clean.length > 0 && clean.length <= MAX_USERNAME ? clean : undefined;
 }
 

@@ -511,7 +511,10 @@ test("the page comes at /, as small as the browser takes it, and nothing else co
   assertEquals([post.status, post.headers.get("allow")], [405, "GET, HEAD"]);
   for (const [accept, encoding] of [["gzip, br", "br"], ["gzip", "gzip"], ["identity", undefined]]) {
     using raw = await Raw.connect(chat.addr.port, "GET / HTTP/1.1", "Host: chat.test", `Accept-Encoding: ${accept}`);
-    assertEquals((await raw.head()).match(/\r\ncontent-encoding: (\w+)/i)?.[1], encoding);
+    const head = (await raw.head()).replace(/\r\ndate: .*/i, "");
+    assertEquals(head.match(/\r\ncontent-encoding: (\w+)/i)?.[1], encoding);
+    using brief = await Raw.connect(chat.addr.port, "HEAD / HTTP/1.1", "Host: chat.test", `Accept-Encoding: ${accept}`);
+    assertEquals((await brief.head()).replace(/\r\ndate: .*/i, ""), head);
   }
 });
 
@@ -2201,7 +2204,7 @@ test("frames that cost much are paid for before they are read, and nobody waits 
   await eve.until(() => eve.closed || eve.events.some(is("error")));
 });
 
-test("marks without end on a letter are cut before they are sorted, and cleaning again changes nothing", async () => {
+test("a letter keeps few marks, and who sends more than a name can have is refused before they are sorted", async () => {
   await using chat = await start();
   await using eve = await Client.open(chat);
   const { normalize } = String.prototype;
@@ -2225,7 +2228,7 @@ test("marks without end on a letter are cut before they are sorted, and cleaning
     assertEquals(await clean(name), name);
     assertEquals(await clean(`e${marks.repeat(5000)}`), "error");
   }
-  assert(stacked <= 8, `${stacked}`);
+  assert(stacked <= 240, `${stacked}`); // what a name may have uncleaned, or twice that when taken apart
 });
 
 test("a frame of many values is refused unread, and one of many brackets in a text is not", async () => {
@@ -2328,27 +2331,26 @@ test("an address that connects again and again is refused for a while, and nobod
   assertMatch(await come("192.0.2.1"), /^HTTP\/1.1 101 /);
 });
 
-test("whether there is room for an address is not counted more often than it may ask", async () => {
-  await using chat = await start({ rateLimit: 20, maxClients: 3, maxClientsPerAddress: 1, trustProxy: true });
-  const come = async (address: string) => {
-    using raw = await Raw.connect(chat.addr.port, ...HANDSHAKE, `X-Forwarded-For: ${address}`);
-    return await raw.head();
-  };
-  const look = async (address: string) => {
-    const response = await fetch(`http://127.0.0.1:${chat.addr.port}/healthz`, {
-      headers: { "x-forwarded-for": address },
+test("to know whether there is room for an address costs the same, however many are there", async () => {
+  using _still = patch(globalThis, "setInterval", (() => 0) as unknown as typeof setInterval); // nothing else happens
+  await using chat = await start({ maxClients: 60, maxClientsPerAddress: 50, trustProxy: true });
+  const guests = await Promise.all(count(1, 50).map(() => Raw.open(chat.addr.port, "X-Forwarded-For: 192.0.2.1")));
+  const iterator = Object.getPrototypeOf(new Set().values()), { next } = iterator;
+  const answers: string[] = [];
+  let steps = 0;
+  {
+    using _watched = patch(iterator, "next", function (this: unknown, ...args: unknown[]) {
+      steps++;
+      return next.apply(this, args);
     });
-    return await response.text();
-  };
-  using _there = await Raw.open(chat.addr.port, "X-Forwarded-For: 192.0.2.1");
-  const now = Math.ceil(performance.now());
-  using _still = patch(performance, "now", () => now);
-  assertEquals(await look("192.0.2.1"), "full\n");
-  assertMatch(await come("192.0.2.1"), /^HTTP\/1.1 503 [^]*\r\nretry-after: 30\r\n/i);
-  for (let i = 0; i < 250; i++) await Promise.all([look("192.0.2.1"), come("192.0.2.1")]);
-  assertEquals(await look("192.0.2.1"), "ok\n");
-  assertMatch(await come("192.0.2.1"), /^HTTP\/1.1 503 [^]*\r\nretry-after: 1\r\n/i);
-  assertEquals(await look("192.0.2.2"), "ok\n");
+    for (const address of ["192.0.2.1", "192.0.2.2"]) {
+      const headers = { "x-forwarded-for": address };
+      answers.push(await (await fetch(`http://127.0.0.1:${chat.addr.port}/healthz`, { headers })).text());
+    }
+  }
+  assertEquals(answers, ["full\n", "ok\n"]);
+  assert(steps < 50, `${steps} steps through sets`);
+  for (const guest of guests) guest[Symbol.dispose]();
 });
 
 test("a long Accept-Encoding holds nobody up", async () => {
