@@ -3138,6 +3138,39 @@ pageTest(
   },
 );
 
+pageTest("shows quotes of letters that run both ways in time", async ({ guest, enter, until }) => {
+  await enter("Ada");
+  const eve = await guest("Eve");
+  await eve.say(...count(1, 15).map((number) => `> ${"\u0628\u0e01".repeat(990)}\n${number}`)); // each took 1.6 s once
+  await until(({ articles }) => articles.length === 15);
+}, BOTH);
+
+pageTest("draws no more in one frame than it can", async ({ run, guest, enter, say, until }) => {
+  await enter("Ada");
+  await run(({ kept }) => {
+    kept.seen = [];
+    const lengthOf = (node: Node) => (node as Element).matches?.(".row, .text") ? node.textContent!.length : 0;
+    const count = (changes: MutationRecord[]) =>
+      kept.seen.push(
+        changes.flatMap(({ addedNodes }) => [...addedNodes]).reduce((sum, node) => sum + lengthOf(node), 0),
+      );
+    new MutationObserver(count).observe(document.querySelector("#rows")!, { childList: true, subtree: true });
+  });
+  const eve = await guest("Eve");
+  await eve.say("Hi");
+  await until(({ texts }) => texts.at(-1) === "Hi");
+  await eve.say(...count(1, 30).map((number) => `@Bob Smith ${"word ".repeat(280)}${number}`));
+  await until(({ texts }) => texts.at(-1)?.endsWith(" 30"));
+  await until(({ articles }) => articles.length === 31);
+  assert(await run(({ kept }) => Math.max(...kept.seen)) < 2100); // with names and times
+  await run(({ kept }) => kept.seen = []);
+  await guest("Bob Smith");
+  await until(({ people }) => people.length === 3);
+  await say("Who is Bob?"); // and all who are meant are looked for anew
+  await until(() => [...document.querySelectorAll("mark")].every((mark) => mark.textContent === "@Bob Smith"));
+  assert(await run(({ kept }) => Math.max(...kept.seen)) < 2100);
+});
+
 pageTest("tells what is emoji only, however many ways there are to read it", async ({ run, guest, enter, until }) => {
   await enter("Ada");
   const eve = await guest("Eve");

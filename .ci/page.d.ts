@@ -166,6 +166,8 @@ interface Log {
   day: string;
   /** The frame that is asked for. */
   frame: number;
+  /** How many more UTF-16 units of messages may be drawn in this frame. */
+  budget: number;
 }
 
 /** Who is here. */
