@@ -1672,7 +1672,7 @@ test("who comes back after long, and has to wait for its turn, begins with the o
   await late.frame({ event: "join", since: 400 });
   for (let i = 0; i < 60; i++) await late.frame({ event: "history", before: 401 }); // more than it is sent unread
   await late.frame({ event: "join", username: "Late", since: 1 });
-  await ada.until(() => ada.events.some(({ joined }) => joined?.includes("Late")));
+  await ada.until(() => ada.events.some(({ joined, users }) => (users ?? joined)?.includes("Late")));
   await ada.say(...numbered(100));
   const taken: number[] = [];
   while (taken.at(-1) !== 500) {
