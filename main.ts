@@ -900,7 +900,7 @@ function checkJoin({ username, since, time, key, password }: Record<string, unkn
 const INVISIBLE = /[[\p{C}\p{DI}\u2800\ufffc\u{13441}\u{13442}\u{16fe4}\u{1d159}]--[\t-\r]]/gv; // DI: default ignorable
 const DOT = /(?<=[\p{SD}\u0131\u0237\u025f]\p{M}*)\u0307/gu; // on an i, which has one
 const LOOSE = /[\u0321\u0322\u0334-\u0338\u0654-\u065f\u0670]/g; // hooks, strokes and hamzas that are no part of a letter, but look like it
-const withFewMarks = (text: string) => text.replace(/\p{M}+/gu, (marks) => [...new Set(marks)].slice(0, 8).join("")); // more cover other lines, or each other, and cost to be sorted
+const withFewMarks = (text: string) => text.replace(/\p{M}+/gu, (marks) => [...new Set(marks)].slice(0, 8).join("")); // more cover other lines, or each other
 const FEW_VALUES = /^[^"]{0,64}(?:"[^"\\]*(?:\\.[^"\\]*)*"[^"]{0,64}){0,24}$/s; // JSON that costs little to parse
 /** A message in ASCII with nothing to clean or escape, no longer than MAX_USERNAME and MAX_MESSAGE: its body is a part of it. */
 const USUAL =
