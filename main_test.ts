@@ -3783,6 +3783,7 @@ pageTest("tells apart those whose names look the same", async ({ chat, run, ente
     ["AI", "Al"],
     ["Nina", "\u039dina", "N\u0131\u0308na"],
     ["Zoe\u0308", "Zo\u0451"],
+    ["\u01f0o", "\u0237\u030co"],
   ];
   const names = [...alike.flat(), "Ada s-BWkdfZIS\u{1d5dd}H", "Ada s\u2017BWkdfZISBH", "Grace", "Ada s-BWkdfZISBH"];
   const tags: (string | undefined)[] = [];
