@@ -439,7 +439,7 @@ const MAX_FRAME = 64 * 1024; // bytes of a frame from a client: far over every l
 const RATES = { join: 2, history: 5, typing: 2, ping: 2, error: 20 }; // a second, besides messages and frames
 const PAGE = 200, SYNC = 1000; // messages that a join, or a request for history, is answered with; ms that it waits if `since` is newer than this log
 const PASSWORD_DELAY = 1000, GUESSES = 1; // ms until a wrong password is answered; wrong guesses per second and address
-type Limit = "frame" | Incoming["event"]; // every frame is paid for before it is parsed, then again for its event
+type Limit = "frame" | Incoming["event"]; // a frame is paid for before it is parsed, its event before what it says is checked
 
 /** Handles what clients ask for, rate-limited per client. */
 class Requests {
@@ -458,25 +458,22 @@ class Requests {
   #do(client: Client, frame: string | ArrayBuffer): void {
     if (client.waiting) return void client.waiting.push(frame);
     try {
-      if (!client.isClosed) this.#dispatch(client, check(frame));
+      if (!client.isClosed) this.#dispatch(client, check(frame, (event, id) => this.#pay(client, event, id)));
     } catch (error) {
       client.fail(error);
     }
   }
 
-  #dispatch(client: Client, incoming: Incoming): void {
+  #dispatch(client: Client, incoming: Incoming | false): void {
+    if (!incoming) return;
     if (incoming.event === "error") return this.#refuse(client, incoming);
     const { event } = incoming, id = event === "send_message" ? incoming.id : undefined;
-    if (!this.#pay(client, event, id)) return;
     if (event === "join") return void this.#join(client, incoming);
     if (client.place === Infinity) return this.#refuse(client, refusal("join with the password first", id));
     if (event === "send_message") return this.#accept(client, incoming);
     if (event === "ping") return void client.send('{"event":"pong"}');
-    if (event === "history") {
-      if (!client.joined) return this.#refuse(client, refusal("join before asking for history"));
-      client.wanted.push(incoming.before);
-      return this.room.feed(client);
-    }
+    if (event === "history" && !client.joined) return this.#refuse(client, refusal("join before asking for history"));
+    if (event === "history") return void (client.wanted.push(incoming.before), this.room.feed(client));
     if (!client.username) return this.#refuse(client, refusal("join with a username before typing"));
     this.room.presence.typing.add(client.username);
     this.room.hasNews = true;
@@ -858,11 +855,12 @@ type Message = { event: "send_message"; username: string; message: string; id?: 
 type Queued = Message & { sender: Client; due: number }; // what its sender has said with it, in characters: the order of the queue
 type Join = { event: "join"; username?: string; since?: number; time?: number; key?: string; password?: string };
 type Refusal = { event: "error"; error: string; id?: string; retry_after?: number }; // in milliseconds
+type Pay = (event: Incoming["event"], id?: string) => boolean; // called once the event is known; false if it is refused
 type Incoming = Message | Join | { event: "history"; before: number } | { event: "typing" | "ping" } | Refusal;
-function check(frame: string | ArrayBuffer): Incoming {
+function check(frame: string | ArrayBuffer, pay: Pay): Incoming | false {
   if (typeof frame !== "string") return refusal("a frame must be text, not binary");
   const [, body, username, message, id] = USUAL.exec(frame) ?? [];
-  if (body) return { event: "send_message", username, message, id, body };
+  if (body) return pay("send_message", id) && { event: "send_message", username, message, id, body };
   let data: Record<string, unknown>;
   try {
     data = FEW_VALUES.test(frame) && JSON.parse(frame);
@@ -871,18 +869,21 @@ function check(frame: string | ArrayBuffer): Incoming {
   }
   if (Object(data) !== data || Array.isArray(data)) return refusal("a frame must be a JSON object, with few values");
   const { event = "message" in data ? "send_message" : undefined, before } = data;
-  if (event === "send_message") return checkMessage(data);
-  if (event === "join") return checkJoin(data);
-  if (event === "typing" || event === "ping") return { event };
+  if (event === "send_message") return checkMessage(data, pay);
+  if (event === "join") return pay(event) && checkJoin(data);
+  if (event === "typing" || event === "ping") return pay(event) && { event };
   if (event !== "history") return refusal("event must be send_message, join, history, typing or ping");
-  return isWhole(before) ? { event, before } : refusal("before must be a whole number, the oldest seq seen");
+  if (!isWhole(before)) return refusal("before must be a whole number, the oldest seq seen");
+  return pay(event) && { event, before };
 }
 
-function checkMessage({ username, message, id }: Record<string, unknown>): Incoming {
+function checkMessage({ username, message, id }: Record<string, unknown>, pay: Pay): Incoming | false {
   if (id !== undefined && !isToken(id, /^[\w-]{1,64}$/)) return refusal("id must be 1 to 64 of A-Z a-z 0-9 _ -");
-  const name = cleanName(username), text = typeof message === "string" ? message.trim() : "";
-  if (!name) return refusal(`username must be 1 to ${MAX_USERNAME} characters`, id);
+  if (!pay("send_message", id)) return false;
+  const text = typeof message === "string" ? message.trim() : "";
   if (!text || text.length > MAX_MESSAGE) return refusal(`message must be 1 to ${MAX_MESSAGE} characters`, id);
+  const name = cleanName(username);
+  if (!name) return refusal(`username must be 1 to ${MAX_USERNAME} characters`, id);
   const kept = { username: name, message: text.toWellFormed().replaceAll("\0", "\ufffd"), id };
   return { event: "send_message", ...kept, body: JSON.stringify(kept).slice(1) };
 }
@@ -900,7 +901,7 @@ function checkJoin({ username, since, time, key, password }: Record<string, unkn
 const INVISIBLE = /[[\p{C}\p{DI}\u2800\ufffc\u{13441}\u{13442}\u{16fe4}\u{1d159}]--[\t-\r]]/gv; // DI: default ignorable
 const DOT = /(?<=[\p{SD}\u0131\u0237\u025f]\p{M}*)\u0307/gu; // on an i, which has one
 const LOOSE = /[\u0321\u0322\u0334-\u0338\u0654-\u065f\u0670]/g; // hooks, strokes and hamzas that are no part of a letter, but look like it
-const withFewMarks = (text: string) => text.replace(/\p{M}+/gu, (marks) => [...new Set(marks)].slice(0, 8).join("")); // more cover other lines, or each other
+const TOO_MANY = /(?<=\p{M})(\p{M})(?<=\1\p{M}{1,8}|\p{M}{9})/gu; // marks on one letter: they cover other lines, or each other
 const FEW_VALUES = /^[^"]{0,64}(?:"[^"\\]*(?:\\.[^"\\]*)*"[^"]{0,64}){0,24}$/s; // JSON that costs little to parse
 /** A message in ASCII with nothing to clean or escape, no longer than MAX_USERNAME and MAX_MESSAGE: its body is a part of it. */
 const USUAL =
@@ -909,14 +910,14 @@ const USUAL =
 function cleanName(name: unknown): string | undefined {
   if (typeof name !== "string" || name.length > MAX_UNCLEAN) return undefined;
   const shown = name.toWellFormed().replace(INVISIBLE, "").replace(/(?<=^|\s)\p{M}+/gu, "").replace(/\s+/g, " ").trim();
-  const clean = withFewMarks(shown.normalize().replace(LOOSE, "").normalize("NFD")).replace(DOT, "").normalize();
-  return clean.length > 0 && clean.length <= MAX_USERNAME ? clean : undefined;
+  const composed = shown.normalize().replace(LOOSE, "");
+  if (composed.length > MAX_USERNAME) return undefined; // before what costs most
+  return composed.normalize("NFD").replace(TOO_MANY, "").replace(DOT, "").normalize() || undefined;
 }
 
 const isText = (value: unknown): value is string => typeof value === "string";
 const isToken = (value: unknown, pattern: RegExp): value is string => typeof value === "string" && pattern.test(value);
 const isWhole = (value: unknown): value is number => Number.isSafeInteger(value) && (value as number) >= 0;
-
 function refusal(error: string, id?: string, wait?: number): Refusal {
   const soon = wait === undefined ? "" : `: try again in ${Math.ceil(wait / 100) / 10} s`;
   return { event: "error", error: error + soon, id, retry_after: wait };
@@ -1017,7 +1018,6 @@ async function withTimeout(ms: number, promise: Promise<unknown> | undefined): P
 }
 
 const sha256 = async (text: string) => new Uint8Array(await crypto.subtle.digest("SHA-256", ENCODER.encode(text)));
-
 const MAX_PRINTED = 16 * 1024; // UTF-16 units that wait to be printed
 /** Standard output or standard error, written without waiting: what it does not take is dropped and counted. */
 class Terminal {

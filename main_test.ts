@@ -2226,12 +2226,33 @@ test("a letter keeps few marks, and who sends more than a name can have is refus
   const omega = "\u03c9\u0314\u0342\u0345"; // four that become one
   assertEquals(await clean(omega.repeat(30)), "\u1fa7".repeat(30));
   for (const marks of ["\u0f73", "\u0301\u0323", "\u0f71\u0f72"]) { // the first becomes two
-    const name = await clean(`e${marks.repeat(110 / marks.length)}`);
+    const name = await clean(`e${marks.repeat(19)}`);
     assert(name !== "error" && name.length <= 9, name);
     assertEquals(await clean(name), name);
+    assertEquals(await clean(`e${marks.repeat(50)}`), "error");
     assertEquals(await clean(`e${marks.repeat(5000)}`), "error");
   }
   assert(stacked <= 240, `${stacked}`); // what a name may have uncleaned, or twice that when taken apart
+});
+
+test("a name is cleaned only if its event is paid for, and taken apart only if it is short", async () => {
+  await using chat = await start({ rateLimit: 20 });
+  await using eve = await Client.open(chat);
+  const { normalize } = String.prototype;
+  let composed = 0, apart = 0;
+  using _watched = patch(String.prototype, "normalize", function (this: string, form?: string) {
+    if (form === "NFD") apart++;
+    else composed++;
+    return normalize.call(this, form);
+  });
+  await eve.ask({ username: "Eve", message: "" }, is("error"));
+  assertEquals(composed, 0);
+  await eve.ask({ username: "\u01d6".repeat(41), message: "Hi" }, is("error"));
+  assertEquals([composed, apart], [1, 0]);
+  const joins = 30; // as many as 10 are paid for at once
+  for (let i = 0; i < joins; i++) eve.send({ event: "join", username: "\u01d6".repeat(41) });
+  await eve.until(() => eve.events.filter(is("error")).length === joins + 2);
+  assert(composed < 20, `${composed} names`);
 });
 
 test("a frame of many values is refused unread, and one of many brackets in a text is not", async () => {
