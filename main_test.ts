@@ -3236,6 +3236,28 @@ pageTest("shows of a link where it leads", async ({ run, guest, enter, until }) 
   assertEquals(links[1][0], "https://a.example/@b%C3%A9");
 });
 
+pageTest("lays out no row anew when one above it goes", async ({ run, enter, guest, until }) => {
+  await enter("Ada");
+  const slow = `_${"9\u0e36".repeat(30)}_ `, code = (text: string) => `\`\`\`\n${text}\n\`\`\``;
+  const guests = [await guest("Grace"), await guest("Lin")], rows = 12;
+  for (let i = 0; i < rows; i++) {
+    const text = slow.repeat(25); // laid out slowly, as no font has it
+    await guests[i % 2].say(i % 4 < 2 ? text : code(text));
+    await until(({ texts }, length) => texts.length === length, i + 1);
+  }
+  const [all, few] = await run(({ one }) => {
+    const list = one("#rows");
+    const layout = (change: () => void) => {
+      const begun = performance.now();
+      change();
+      list.getBoundingClientRect();
+      return performance.now() - begun;
+    };
+    return [layout(() => list.style.width = "50%"), layout(() => list.firstElementChild!.remove())];
+  });
+  assert(few < all / 4, `${few} of ${all} ms`);
+}, BOTH);
+
 pageTest("keeps the place of a reader when names above get tags", async ({ browser, chat, run, enter, until }) => {
   const username = "Lin Chen-Wu of Engineering", key = "the-key-of-the-first";
   {
