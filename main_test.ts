@@ -3827,8 +3827,16 @@ pageTest("tells apart those whose names look the same", async ({ chat, run, ente
     ["Nina", "\u039dina", "N\u0131\u0308na"],
     ["Zoe\u0308", "Zo\u0451"],
     ["\u01f0o", "\u0237\u030co"],
+    ["\u0249\u0301o", "\u025f\u0301o"],
   ];
-  const names = [...alike.flat(), "Ada s-BWkdfZIS\u{1d5dd}H", "Ada s\u2017BWkdfZISBH", "Grace", "Ada s-BWkdfZISBH"];
+  const names = [
+    ...alike.flat(),
+    "Ada s-BWkdfZIS\u{1d5dd}H",
+    "Ada s\u2017BWkdfZISBH",
+    "Ada s-BWkdfZISBH \u02d1",
+    "Grace",
+    "Ada s-BWkdfZISBH",
+  ];
   const tags: (string | undefined)[] = [];
   for (const [i, username] of names.entries()) {
     await using client = await Client.open(chat, { username, key: `the-key-of-number-${i}` });
