@@ -3682,6 +3682,29 @@ pageTest("notices a dead connection on coming back", async ({ run, enter, until 
   await until(({ status }) => status === "Connected");
 });
 
+pageTest("sends what had to wait, and tests a silent connection, when its clock was set back", async (page) => {
+  const { run, enter, say, until } = page;
+  await enter("Ada");
+  for (const text of numbered(6)) await say(text); // more than may be sent at once
+  await run(({ kept }) => {
+    const now = Date.now;
+    Date.now = () => now() - 3_600_000;
+    const { send } = WebSocket.prototype;
+    kept.heard = [];
+    WebSocket.prototype.send = function (frame) {
+      kept.heard.push(`${frame}`);
+      send.call(this, frame);
+    };
+  });
+  await until(({ isSettled, texts }) => isSettled && texts.length === 6);
+  await run(({ kept }) => {
+    const now = Date.now;
+    Date.now = () => now() - 3_600_000;
+    kept.heard = [];
+  });
+  await until(({ kept }) => kept.heard.some((frame) => frame.includes("ping")));
+}, { rateLimit: 1 });
+
 pageTest("shows who is here and who types", async ({ browser, type, click, press, guest, enter, until }) => {
   await enter("Grace");
   const ada = await guest("Ada");

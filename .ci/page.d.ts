@@ -124,7 +124,6 @@ interface Outbox {
   /** Whether it took so long that the server was asked. */
   doubted: boolean;
   /** The server wants nothing before this. */
-  hold: number;
   /** Ids that were confirmed: what is this person's own where a server knows no tags. */
   sent: Set<string>;
 }
