@@ -440,7 +440,6 @@ const RATES = { join: 2, history: 5, typing: 2, ping: 2, error: 20 }; // a secon
 const PAGE = 200, SYNC = 1000; // messages that a join, or a request for history, is answered with; ms that it waits if `since` is newer than this log
 const PASSWORD_DELAY = 1000, GUESSES = 1; // ms until a wrong password is answered; wrong guesses per second and address
 type Limit = "frame" | Incoming["event"]; // a frame is paid for before it is parsed, its event before what it says is checked
-
 /** Handles what clients ask for, rate-limited per client. */
 class Requests {
   readonly #salt = crypto.randomUUID(); // so that the time of a comparison tells nothing about the password
@@ -605,6 +604,7 @@ const LAYOUT = 1, MAX_VALUE = 64 * 1024; // version of these keys and values; by
 const MAX_DELETES = 500, MAX_ENTRIES = 20_000, MAX_WRITERS = 16; // entries that one commit deletes; that are remembered where others delete too; instances in a head
 const MAX_QUEUE = 8000, MESSAGE_COST = 100; // messages that wait for the next commit; characters that each counts besides its own
 const MAX_TURNS = 20, HANGS = 5000; // turns that arriving messages are waited for; ms until the database is said not to respond
+const SHARE = 100; // ms at most that an instance leaves the database to the others after a commit
 /**
  * The log in Deno KV: what is accepted is written there, and what other instances write is read from there.
  *
@@ -695,7 +695,7 @@ class Store {
     for (const entry of expired) commit.delete([...LOG, entry]);
     this.#due = this.#queue[lines.length - 1].due;
     this.#uncertain = text; // if this throws, the same entry is tried again until the outcome is known
-    const result = await commit.commit();
+    const begun = performance.now(), result = await commit.commit(), took = performance.now() - begun;
     this.#isBehind ||= !result.ok;
     if (!result.ok) return false;
     this.#uncertain = undefined;
@@ -705,6 +705,7 @@ class Store {
     const accepted = this.#queue.splice(0, lines.length);
     this.log.add({ first, last, lines, text, bytes }, accepted.map(({ id }) => id));
     await this.room.written(accepted, first - 1);
+    if (this.room.presence.others.size > 0) await wait(Math.min(SHARE, 3 * took)); // else one of them might hardly ever get to write
     return true;
   }
 
@@ -783,14 +784,13 @@ const HEARTBEAT = 10_000, PRESUMED_DEAD = 30_000; // ms between roster writes; m
 const TRIVIAL = 1024, MAX_TYPING = 10; // length of changes that are told even if the roster is shorter; names told at once
 /** Who is on another instance, and when its entry was last seen to change, in ms since this process began. */
 type Roster = { online: number; users: string[]; version: string; at: number };
-
 /** Who is here, on this instance and on the others, and who is typing on this one. */
 class Presence {
   readonly typing = new Set<string>(); // since that was last told
   readonly #id = crypto.randomUUID();
   #online = 0; // connections that joined, on this instance
   readonly #users = new Map<string, number>(); // how many of them each name has
-  #others = new Map<string, Roster>(); // the other instances
+  others = new Map<string, Roster>(); // the other instances
   #told = { online: 0, users: new Set<string>() }; // what the room was told last
   #changes = 0; // how often someone joined or left
   #published = 0; // `#changes` when the roster was last written
@@ -809,7 +809,7 @@ class Presence {
 
   /** The frame for new clients and the frame for the rest, empty if nothing changed. Resets the changes. */
   news(): [roster: string, changes: string] {
-    const told = this.#told, others = [...this.#others.values()];
+    const told = this.#told, others = [...this.others.values()];
     const users = new Set([...this.#users.keys(), ...others.flatMap(({ users }) => users)]);
     const online = others.reduce((sum, { online }) => sum + online, this.#online);
     this.#told = { online, users };
@@ -829,11 +829,11 @@ class Presence {
     const now = performance.now(), others = new Map<string, Roster>(), own = [...ROSTERS, this.#id];
     for await (const { key, value, versionstamp: version } of this.kv.list<Roster>({ prefix: ROSTERS })) {
       if (!isWhole(value?.online) || !Array.isArray(value.users) || !value.users.every(isText)) continue;
-      const id = String(key.at(-1)), known = this.#others.get(id), at = known?.version === version ? known.at : now;
+      const id = String(key.at(-1)), known = this.others.get(id), at = known?.version === version ? known.at : now;
       if (now - at > PRESUMED_DEAD) await this.kv.atomic().check({ key, versionstamp: version }).delete(key).commit();
       else if (id !== this.#id) others.set(id, { ...value, version, at });
     }
-    this.#others = others;
+    this.others = others;
     const changes = this.#changes, isStale = changes > this.#published;
     if (!isStale && (this.#online === 0 || now - this.#writtenAt < HEARTBEAT)) return;
     if (this.#online === 0) await this.kv.delete(own);

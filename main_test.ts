@@ -1895,6 +1895,27 @@ test("what is written while an instance reads is read next", async () => {
   assertEvent(await joined, { event: "joined", seq: 3, oldest: 1, resumed: true });
 });
 
+test("an instance that writes without a pause lets another write, too", async () => {
+  using kv = await Deno.openKv(":memory:");
+  const wait = (ms: number) => new Promise((resolve) => setTimeout(resolve, ms));
+  const near = unreliable(
+    kv,
+    async (call, name) => name === "commit" ? await call().finally(() => wait(20)) : await call(),
+  );
+  const far = unreliable(kv, async (call) => await call().finally(() => wait(30))); // others commit while it reads
+  await using here = await start({ db: near });
+  await using there = await start({ db: far });
+  await using ada = await Client.open(here, { username: "Ada" });
+  await using grace = await Client.open(there, { username: "Grace" });
+  await ada.until(() => ada.events.findLast(is("presence"))?.online === 2);
+  const talking = setInterval(() => ada.send({ username: "Ada", message: "on and on" }), 5);
+  try {
+    for (const text of numbered(5)) await grace.say(text);
+  } finally {
+    clearInterval(talking);
+  }
+});
+
 test("an instance that others outrun goes on, and what is said there gets in", async () => {
   await using file = await temporary();
   await using one = await start({ ...file, history: 5 });
