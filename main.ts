@@ -360,7 +360,7 @@ class Client {
   joined = false; // then a frame to it may hold several events, one a line
   username?: string; // that it joined with
   tag?: string; // derived from its key, shown with its messages
-  waiting?: (string | ArrayBuffer)[]; // during a join: the frames that arrived since
+  readonly frames: (string | ArrayBuffer)[] = []; // that arrived: the first is being handled, the others wait
   readonly wanted: number[] = []; // before which messages it asked for history
   needsRoster = false; // it has to be told who is here, not only what changed
   isClosed = false; // nothing is read from it or sent to it any more
@@ -438,12 +438,15 @@ class Client {
 const MAX_FRAME = 64 * 1024; // bytes of a frame from a client: far over every limit
 const RATES = { join: 2, history: 5, typing: 2, ping: 2, error: 20 }; // a second, besides messages and frames
 const PAGE = 200, SYNC = 1000; // messages that a join, or a request for history, is answered with; ms that it waits if `since` is newer than this log
+const SLICE = 2, MAX_WAITING = 1000; // ms of a turn after which a client that had one waits for the next; frames of it that may wait
 const PASSWORD_DELAY = 1000, GUESSES = 1; // ms until a wrong password is answered; wrong guesses per second and address
 type Limit = "frame" | Incoming["event"]; // a frame is paid for before it is parsed, its event before what it says is checked
 /** Handles what clients ask for, rate-limited per client. */
 class Requests {
   readonly #salt = crypto.randomUUID(); // so that the time of a comparison tells nothing about the password
   readonly #guesses = new Map<string, Bucket>(); // of addresses that gave a wrong password
+  #begun = 0; // when clients last began a turn of the event loop
+  #turn?: Promise<unknown>; // until they begin the next
   constructor(readonly room: Room) {}
 
   receive(client: Client, frame: string | ArrayBuffer): void {
@@ -451,23 +454,28 @@ class Requests {
     const size = typeof frame === "string" ? frame.length : frame.byteLength;
     const isBig = size > MAX_FRAME || 3 * size > MAX_FRAME && isText(frame) && ENCODER.encode(frame).length > MAX_FRAME;
     if (isBig) return client.close(1009, `a frame may have ${MAX_FRAME} bytes`);
-    if (this.#pay(client, "frame", undefined, 1 + size / 1024)) this.#do(client, frame);
+    if (this.#pay(client, "frame", undefined, 1 + size / 1024) && client.frames.push(frame) === 1) this.#serve(client);
   }
 
-  #do(client: Client, frame: string | ArrayBuffer): void {
-    if (client.waiting) return void client.waiting.push(frame);
-    try {
-      if (!client.isClosed) this.#dispatch(client, check(frame, (event, id) => this.#pay(client, event, id)));
-    } catch (error) {
-      client.fail(error);
+  /** Handles the frames of a client: in a turn of the event loop as many as there is time for, or one. */
+  async #serve(client: Client): Promise<void> {
+    for (; client.frames.length > 0; client.frames.shift()) {
+      try {
+        const incoming = !client.isClosed && check(client.frames[0], (event, id) => this.#pay(client, event, id));
+        if (incoming) await this.#dispatch(client, incoming);
+      } catch (error) {
+        client.fail(error);
+      }
+      const isOver = performance.now() - this.#begun > SLICE && client.frames.length < MAX_WAITING;
+      if (isOver) await (this.#turn ??= turn().then(() => [this.#begun, this.#turn] = [performance.now(), undefined]));
     }
   }
 
-  #dispatch(client: Client, incoming: Incoming | false): void {
-    if (!incoming) return;
+  #dispatch(client: Client, incoming: Incoming): void | Promise<void> {
     if (incoming.event === "error") return this.#refuse(client, incoming);
     const { event } = incoming, id = event === "send_message" ? incoming.id : undefined;
-    if (event === "join") return void this.#join(client, incoming);
+    if (event === "join" && client.place === Infinity) return this.#askPassword(client, incoming);
+    if (event === "join") return this.#admit(client, incoming);
     if (client.place === Infinity) return this.#refuse(client, refusal("join with the password first", id));
     if (event === "send_message") return this.#accept(client, incoming);
     if (event === "ping") return void client.send('{"event":"pong"}');
@@ -505,13 +513,6 @@ class Requests {
     if (this.room.presence.typing.size > 0) this.room.presence.typing.delete(username);
     const excess = store.append(message, client), error = "the room cannot take more messages just now";
     if (excess) this.#refuse(excess.sender, refusal(error, excess.id, 1000));
-  }
-
-  async #join(client: Client, join: Join): Promise<void> {
-    const waiting: NonNullable<Client["waiting"]> = client.waiting = [];
-    await (client.place < Infinity ? this.#admit(client, join) : this.#askPassword(client, join)).catch(client.fail);
-    client.waiting = undefined;
-    for (const frame of waiting) this.#do(client, frame);
   }
 
   async #admit(client: Client, { username, since, time, key }: Join): Promise<void> {
@@ -1011,7 +1012,6 @@ function parse(given: unknown, rule: Setting[2]): unknown {
 const ENCODER = new TextEncoder();
 const turn = () => new Promise<void>((resolve) => setImmediate(resolve));
 const wait = (ms: number) => new Promise<void>((resolve) => setTimeout(resolve, ms));
-
 async function withTimeout(ms: number, promise: Promise<unknown> | undefined): Promise<void> {
   const late = Promise.withResolvers<void>(), timer = setTimeout(late.resolve, ms);
   await Promise.race([promise, late.promise]).finally(() => clearTimeout(timer));

@@ -2256,6 +2256,31 @@ test("a letter keeps few marks, and who sends more than a name can have is refus
   assert(stacked <= 240, `${stacked}`); // what a name may have uncleaned, or twice that when taken apart
 });
 
+test("what a client sends at once is handled in many turns of the event loop if it takes long", async () => {
+  await using chat = await start({ rateLimit: 0 });
+  await using eve = await Client.open(chat);
+  const { normalize } = String.prototype;
+  let cleaned = 0, most = 0, isOver = false;
+  using _slow = patch(String.prototype, "normalize", function (this: string, form?: string) {
+    cleaned++;
+    for (const end = performance.now() + 1; performance.now() < end;);
+    return normalize.call(this, form);
+  });
+  const watching = (async () => {
+    for (let before = 0; !isOver; before = cleaned) {
+      await new Promise((resolve) => setImmediate(resolve));
+      most = Math.max(most, cleaned - before);
+    }
+  })();
+  const texts = numbered(100);
+  for (const message of texts) eve.send({ username: "Ève", message });
+  await eve.until(() => eve.messages().length === texts.length);
+  isOver = true;
+  await watching;
+  assertEquals(eve.messages().map(({ message }) => message), texts);
+  assert(most < 30, `${most} at a time`);
+});
+
 test("a name is cleaned only if its event is paid for, and taken apart only if it is short", async () => {
   await using chat = await start({ rateLimit: 20 });
   await using eve = await Client.open(chat);
