@@ -172,7 +172,7 @@ class Room {
   #looks = 0;
   #lookAgain = performance.now(); // when the next look is due, in ms since the process began
   #watching?: Promise<void>;
-  #isClosed = false;
+  isClosed = false;
   constructor(readonly kv: Deno.Kv, readonly settings: Settings) {
     this.log = new Log(settings.history);
     this.store = new Store(kv, this.log, this);
@@ -182,7 +182,7 @@ class Room {
   /** Reads the log, and keeps up with it from then on. Throws what the database throws. */
   async open(): Promise<void> {
     await this.store.open();
-    if (!this.#isClosed) this.#ticking = setInterval(() => this.#tick(), TICK);
+    if (!this.isClosed) this.#ticking = setInterval(() => this.#tick(), TICK);
   }
 
   isFull(address: string | undefined): boolean {
@@ -207,7 +207,7 @@ class Room {
     socket.onopen = () => {
       clearTimeout(client.timer);
       this.#count(client, true); // again, if it took long
-      if (this.#isClosed) return client.close(1001, "the server is going away");
+      if (this.isClosed) return client.close(1001, "the server is going away");
       if (!this.settings.password) client.place = this.log.head;
       const end = () => client.place < Infinity || client.close(1008, "no password in time");
       client.timer = setTimeout(() => client.timer = setTimeout(end, GRACE), deadline); // after a stall, what came is read first
@@ -218,7 +218,7 @@ class Room {
       this.#count(client, false); // until then it counts: a peer that does not answer is not gone
       const { send_message: debt } = client.buckets, { fullAt = 0 } = this.#debts.get(address ?? "") ?? {};
       if (address && debt && debt.fullAt > fullAt) put(this.#debts, [[address, debt]], isRefilled);
-      if (this.#isClosed && this.#clients.size === 0) this.#emptied.resolve();
+      if (this.isClosed && this.#clients.size === 0) this.#emptied.resolve();
     };
   }
 
@@ -300,7 +300,7 @@ class Room {
 
   /** Writes what is pending, closes every socket with 1001, and closes the database unless that hangs. */
   async close(): Promise<void> {
-    this.#isClosed = true;
+    this.isClosed = true;
     await withTimeout(GRACE, this.store.working);
     this.store.isClosed = true;
     for (const client of this.#clients) client.close(1001, "the server is going away");
@@ -706,7 +706,7 @@ class Store {
     const accepted = this.#queue.splice(0, lines.length);
     this.log.add({ first, last, lines, text, bytes }, accepted.map(({ id }) => id));
     await this.room.written(accepted, first - 1);
-    if (this.room.presence.others.size > 0) await wait(Math.min(SHARE, 3 * took)); // else one of them might hardly ever get to write
+    if (this.room.presence.others.size > 0 && !this.room.isClosed) await wait(Math.min(SHARE, 3 * took)); // else one of them might hardly ever get to write
     return true;
   }
 
