@@ -213,7 +213,8 @@ class Room {
       client.timer = setTimeout(() => client.timer = setTimeout(end, GRACE), deadline); // after a stall, what came is read first
     };
     socket.onmessage = ({ data }) => this.#requests.receive(client, data);
-    socket.onclose = () => {
+    socket.onclose = (event) => {
+      if (client.frames.length > 0) return void turn().then(() => socket.onclose?.(event)); // what came before is handled first
       client.close(1000, "");
       this.#count(client, false); // until then it counts: a peer that does not answer is not gone
       const { send_message: debt } = client.buckets, { fullAt = 0 } = this.#debts.get(address ?? "") ?? {};
@@ -963,7 +964,6 @@ type Settings = Required<Omit<ChatOptions, "db" | "tlsCert" | "tlsKey">> & ChatO
 const isUrl = (db: string) => /^https?:\/\//.test(db);
 const TEXT = "a string", TITLE = "1 to 100 characters in one line", SWITCH = "on or off";
 const ORIGINS = "origins with commas between them, like https://chat.example";
-
 /** The variable of an option, its default, and what it must be: a number within a range, or one of the above. */
 type Setting = [variable: string, fallback: unknown, rule: [number, number] | string];
 const SETTINGS: Record<keyof ChatOptions, Setting> = {

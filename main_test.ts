@@ -2299,6 +2299,23 @@ test("what a client sends at once is handled in many turns of the event loop if 
   assert(most < 30, `${most} at a time`);
 });
 
+test("what a client sent is handled even if it closes while that waits", async () => {
+  await using chat = await start({ rateLimit: 0 });
+  await using ada = await Client.open(chat, { username: "Ada" });
+  await using eve = await Client.open(chat, { username: "Eve" });
+  const { normalize } = String.prototype;
+  using _slow = patch(String.prototype, "normalize", function (this: string, form?: string) {
+    for (const end = performance.now() + 1; performance.now() < end;);
+    return normalize.call(this, form);
+  });
+  const texts = numbered(50);
+  for (const message of texts) eve.send({ username: "Ève", message });
+  const left = eve[Symbol.asyncDispose]();
+  await ada.until(() => ada.messages().length === texts.length);
+  await ada.until(() => ada.events.findLast(is("presence"))?.online === 1);
+  await left;
+});
+
 test("a name is cleaned only if its event is paid for, and taken apart only if it is short", async () => {
   await using chat = await start({ rateLimit: 20 });
   await using eve = await Client.open(chat);
