@@ -213,8 +213,8 @@ class Room {
       client.timer = setTimeout(() => client.timer = setTimeout(end, GRACE), deadline); // after a stall, what came is read first
     };
     socket.onmessage = ({ data }) => this.#requests.receive(client, data);
-    socket.onclose = (event) => {
-      if (client.frames.length > 0) return void turn().then(() => socket.onclose?.(event)); // what came before is handled first
+    socket.onclose = async () => {
+      await client.done; // what it sent before
       client.close(1000, "");
       this.#count(client, false); // until then it counts: a peer that does not answer is not gone
       const { send_message: debt } = client.buckets, { fullAt = 0 } = this.#debts.get(address ?? "") ?? {};
@@ -302,7 +302,7 @@ class Room {
   /** Writes what is pending, closes every socket with 1001, and closes the database unless that hangs. */
   async close(): Promise<void> {
     this.isClosed = true;
-    await withTimeout(GRACE, this.store.working);
+    await withTimeout(GRACE, Promise.all(this.#clients.values().map((one) => one.done)).then(() => this.store.working));
     this.store.isClosed = true;
     for (const client of this.#clients) client.close(1001, "the server is going away");
     clearInterval(this.#ticking);
@@ -361,7 +361,8 @@ class Client {
   joined = false; // then a frame to it may hold several events, one a line
   username?: string; // that it joined with
   tag?: string; // derived from its key, shown with its messages
-  readonly frames: (string | ArrayBuffer)[] = []; // that arrived: the first is being handled, the others wait
+  readonly frames = new Set<{ frame: string | ArrayBuffer }>(); // that arrived: the first is being handled, the others wait
+  done?: Promise<void>; // when all of them are handled
   readonly wanted: number[] = []; // before which messages it asked for history
   needsRoster = false; // it has to be told who is here, not only what changed
   isClosed = false; // nothing is read from it or sent to it any more
@@ -436,10 +437,9 @@ class Client {
 }
 
 // ───────────────────────────────────────────── What a client may ask for ─────────────────────────────────────────────
-const MAX_FRAME = 64 * 1024; // bytes of a frame from a client: far over every limit
 const RATES = { join: 2, history: 5, typing: 2, ping: 2, error: 20 }; // a second, besides messages and frames
-const PAGE = 200, SYNC = 1000; // messages that a join, or a request for history, is answered with; ms that it waits if `since` is newer than this log
-const SLICE = 2, MAX_WAITING = 1000; // ms of a turn after which a client that had one waits for the next; frames of it that may wait
+const MAX_FRAME = 64 * 1024, PAGE = 200, SYNC = 1000; // bytes of a frame from a client, far over every limit; messages that a join, or a request for history, is answered with; ms that it waits if `since` is newer than this log
+const SLICE = 2, MAX_WAITING = 1000; // ms of a turn after which a client gets no second frame in it; frames that wait from which it does: they must not come faster than they go
 const PASSWORD_DELAY = 1000, GUESSES = 1; // ms until a wrong password is answered; wrong guesses per second and address
 type Limit = "frame" | Incoming["event"]; // a frame is paid for before it is parsed, its event before what it says is checked
 /** Handles what clients ask for, rate-limited per client. */
@@ -455,20 +455,22 @@ class Requests {
     const size = typeof frame === "string" ? frame.length : frame.byteLength;
     const isBig = size > MAX_FRAME || 3 * size > MAX_FRAME && isText(frame) && ENCODER.encode(frame).length > MAX_FRAME;
     if (isBig) return client.close(1009, `a frame may have ${MAX_FRAME} bytes`);
-    if (this.#pay(client, "frame", undefined, 1 + size / 1024) && client.frames.push(frame) === 1) this.#serve(client);
+    if (!this.#pay(client, "frame", undefined, 1 + size / 1024)) return;
+    if (client.frames.add({ frame }).size === 1) client.done = this.#serve(client);
   }
 
   /** Handles the frames of a client: in a turn of the event loop as many as there is time for, or one. */
   async #serve(client: Client): Promise<void> {
-    for (; client.frames.length > 0; client.frames.shift()) {
+    for (const arrived of client.frames) {
       try {
-        const incoming = !client.isClosed && check(client.frames[0], (event, id) => this.#pay(client, event, id));
+        const incoming = !client.isClosed && check(arrived.frame, (event, id) => this.#pay(client, event, id));
         if (incoming) await this.#dispatch(client, incoming);
       } catch (error) {
         client.fail(error);
       }
-      const isOver = performance.now() - this.#begun > SLICE && client.frames.length < MAX_WAITING;
+      const isOver = performance.now() - this.#begun > SLICE && client.frames.size < MAX_WAITING;
       if (isOver) await (this.#turn ??= turn().then(() => [this.#begun, this.#turn] = [performance.now(), undefined]));
+      client.frames.delete(arrived);
     }
   }
 
@@ -605,8 +607,7 @@ const ROSTERS = ["chat", "here"]; // [...ROSTERS, instance] → { online, users 
 const LAYOUT = 1, MAX_VALUE = 64 * 1024; // version of these keys and values; bytes of one value, and so of one entry
 const MAX_DELETES = 500, MAX_ENTRIES = 20_000, MAX_WRITERS = 16; // entries that one commit deletes; that are remembered where others delete too; instances in a head
 const MAX_QUEUE = 8000, MESSAGE_COST = 100; // messages that wait for the next commit; characters that each counts besides its own
-const MAX_TURNS = 20, HANGS = 5000; // turns that arriving messages are waited for; ms until the database is said not to respond
-const SHARE = 100; // ms at most that an instance leaves the database to the others after a commit
+const MAX_TURNS = 20, SHARE = 100, HANGS = 5000; // turns that arriving messages are waited for; ms at most that an instance leaves the database to the others after a commit; ms until the database is said not to respond
 /**
  * The log in Deno KV: what is accepted is written there, and what other instances write is read from there.
  *
@@ -670,8 +671,7 @@ class Store {
         if (this.#queue.length > 0 && !await this.#commit()) continue;
         this.#workedAt = performance.now();
         if (this.#failures >= REPORTED) stderr.print("The database works again");
-        this.#failures = 0;
-        this.#failure = undefined;
+        [this.#failures, this.#failure] = [0, undefined];
       } catch (error) {
         this.#isBehind = true; // nothing is dropped: it stays in the queue, unconfirmed
         if (++this.#failures >= REPORTED) this.#failure = `Database error: ${(error as Error)?.message}`;

@@ -2299,6 +2299,27 @@ test("what a client sends at once is handled in many turns of the event loop if 
   assert(most < 30, `${most} at a time`);
 });
 
+test("what arrived before the end is handled, and many frames that wait for a join are, too", async () => {
+  const chat = await start({ rateLimit: 0 });
+  await using ada = await Client.open(chat, { username: "Ada" });
+  await using eve = await Client.open(chat, { username: "Eve" });
+  const texts = numbered(3000);
+  eve.send({ event: "join", username: "Eve", since: 1e12 });
+  for (const message of texts) eve.send({ username: "Eve", message });
+  eve.send({ event: "ping" });
+  await eve.has(is("pong"));
+  const { normalize } = String.prototype;
+  using _slow = patch(String.prototype, "normalize", function (this: string, form?: string) {
+    for (const end = performance.now() + 1; performance.now() < end;);
+    return normalize.call(this, form);
+  });
+  for (const message of numbered(50, "last")) eve.send({ username: "Ève", message });
+  await ada.has(({ message }) => message === "last 1");
+  await chat.shutdown();
+  await ada.until(() => ada.closed);
+  assertEquals(ada.messages().map(({ message }) => message), [...texts, ...numbered(50, "last")]);
+});
+
 test("what a client sent is handled even if it closes while that waits", async () => {
   await using chat = await start({ rateLimit: 0 });
   await using ada = await Client.open(chat, { username: "Ada" });
