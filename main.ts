@@ -1,9 +1,8 @@
 /**
- * A chat room: whoever has the page open sees each message at once.
- *
- * {@linkcode startChat} is the server. `Deno.serve` returns the page or upgrades the request to a WebSocket; the
- * {@linkcode Room} keeps the clients in a `Set` and broadcasts each message to them. A message is in the database before
- * anyone sees it, and each client has a place in the {@linkcode Log}, after which it is sent everything in one order.
+ * A chat room: whoever has the page open sees each message at once. {@linkcode startChat} is the server: `Deno.serve`
+ * returns the page or upgrades the request to a WebSocket; the {@linkcode Room} keeps the clients in a `Set` and
+ * broadcasts each message to them. A message is in the database before anyone sees it, and each client has a place in
+ * the {@linkcode Log}, after which it is sent everything in one order.
  *
  * @module
  */
@@ -33,18 +32,20 @@ export interface Chat extends AsyncDisposable {
 export async function startChat(options: ChatOptions = {}): Promise<Chat> {
   const settings = resolveSettings(options), { port, hostname, db, tlsCert, tlsKey } = settings;
   const [cert, key] = await Promise.all([tlsCert, tlsKey].map((path) => path && Deno.readTextFile(path)));
-  const servePage = pageServer(settings.title), ending = new AbortController();
+  const servePage = pageServer(settings.title), requests = new Map<string, Bucket>(), ending = new AbortController();
   let room: Room | undefined, listener: ReturnType<typeof listen> | undefined, ended: Promise<void> | undefined;
   const opening = (async () => { // until the log is read, only the page is served
     room = new Room(typeof db === "object" ? db : await Deno.openKv(db), settings);
     await room.open();
   })();
   const handler = async (request: Request, { remoteAddr }: Deno.ServeHandlerInfo) => {
+    const forwarded = settings.trustProxy && request.headers.get("x-forwarded-for")?.replace(/^.*,/s, "").trim();
+    const address = forwarded || ("hostname" in remoteAddr ? remoteAddr.hostname : undefined); // none on a Unix socket
+    const isRushed = settings.rateLimit > 0 && address && spendFor(address, requests, REQUESTS) > 0;
+    if (isRushed) return await wait(LATE).then(() => respond(429, "Too many requests", { "retry-after": "1" }));
     const [, pathname] = AUTHORITY_AND_PATH.exec(request.url) ?? [];
     if (!pathname) return respond(400, "Bad request");
     const isSocket = /^websocket$/i.test(request.headers.get("upgrade") ?? "");
-    const forwarded = settings.trustProxy && request.headers.get("x-forwarded-for")?.replace(/^.*,/s, "").trim();
-    const address = forwarded || ("hostname" in remoteAddr ? remoteAddr.hostname : undefined); // none on a Unix socket
     const trouble = room ? room.store.trouble : OPENING, isOpen = room && trouble !== OPENING;
     if (isSocket) return isOpen ? upgrade(request, address, room!) : respond(503, OPENING, { "retry-after": "1" });
     if (pathname !== "/" && pathname !== "/healthz") return respond(404, "Not found");
@@ -70,13 +71,12 @@ export async function startChat(options: ChatOptions = {}): Promise<Chat> {
 }
 
 const OPENING = "The room is opening";
+const REQUESTS = 100, GUESSES = 1, LATE = 1000; // HTTP requests, and wrong passwords, a second and address; ms until more are refused
 const AUTHORITY_AND_PATH = /^[a-z+]+:\/\/[\w.:%[\]-]{0,300}(\/[^?#]*)/; // the platform's parser may take long for a host
 const respond = (status: number, body: string, headers?: HeadersInit) => new Response(`${body}\n`, { status, headers });
 function upgrade(request: Request, address: string | undefined, room: Room): Response {
   if (!isAllowed(request, room.settings)) return respond(403, "This page may not connect");
   if (room.isFull(address)) return respond(503, "The room is full", { "retry-after": "30" });
-  const isRushed = room.settings.rateLimit > 0 && address && spendFor(address, room.handshakes, HANDSHAKES) > 0;
-  if (isRushed) return respond(503, "Too many handshakes", { "retry-after": "1" }); // they starve those who are in
   try {
     const { socket, response } = Deno.upgradeWebSocket(request, { idleTimeout: room.settings.idleTimeout });
     room.add(socket, address);
@@ -103,30 +103,32 @@ function pageServer(title: string): (request: Request) => Promise<Response> {
     const content = html.match(new RegExp(`<${tag}[^>]*>([^]*?)</${tag}>`))?.[1] ?? "";
     return `${tag}-src 'sha256-${(await sha256(content)).toBase64()}'; `;
   };
-  const making = (async () => ({
-    "content-type": "text/html; charset=utf-8",
-    "cache-control": "no-cache",
-    "content-security-policy": "default-src 'none'; " + await hash("script") + await hash("style") +
-      "img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; " +
-      "require-trusted-types-for 'script'; trusted-types 'none'",
-    "cross-origin-opener-policy": "same-origin",
-    "cross-origin-resource-policy": "same-origin",
-    "permissions-policy": "camera=(), geolocation=(), microphone=()",
-    "referrer-policy": "no-referrer",
-    "vary": "accept-encoding",
-    "x-content-type-options": "nosniff",
-  }))();
-  const compress = async (coding: "br" | "gzip") => { // smaller by a tenth than what `CompressionStream` makes
+  const make = async (coding?: "br" | "gzip") => {
     const [zlib, { promisify }] = await Promise.all([import("node:zlib"), import("node:util")]);
-    return new Uint8Array(await promisify<string, Uint8Array>(zlib[coding === "br" ? "brotliCompress" : coding])(html));
+    const compress = coding && promisify<string, Uint8Array>(zlib[coding === "br" ? "brotliCompress" : coding]);
+    const body = new Uint8Array(await compress?.(html) ?? ENCODER.encode(html)); // `CompressionStream` takes a tenth more
+    const headers = new Headers({
+      "content-type": "text/html; charset=utf-8",
+      "content-length": `${body.length}`,
+      "cache-control": "no-cache",
+      "content-security-policy": "default-src 'none'; " + await hash("script") + await hash("style") +
+        "img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; " +
+        "require-trusted-types-for 'script'; trusted-types 'none'",
+      "cross-origin-opener-policy": "same-origin",
+      "cross-origin-resource-policy": "same-origin",
+      "permissions-policy": "camera=(), geolocation=(), microphone=()",
+      "referrer-policy": "no-referrer",
+      "vary": "accept-encoding",
+      "x-content-type-options": "nosniff",
+    });
+    if (coding) headers.set("content-encoding", coding);
+    return (method: string) => new Response(method === "HEAD" ? null : body, { headers });
   };
-  const bodies: Partial<Record<string, ReturnType<typeof compress>>> = {}, plain = ENCODER.encode(html);
+  const made: Partial<Record<string, ReturnType<typeof make>>> = {};
   return async (request) => {
-    const accepted = request.headers.get("accept-encoding") ?? "", isHead = request.method === "HEAD";
+    const accepted = request.headers.get("accept-encoding") ?? "";
     const coding = (["br", "gzip"] as const).find((coding) => new RegExp(`\\b${coding}\\b(?!\\s*;)`).test(accepted));
-    const body = coding ? await (bodies[coding] ??= compress(coding)) : plain;
-    const headers = { ...await making, ...coding && { "content-encoding": coding } };
-    return new Response(isHead ? null : body, { headers: { ...headers, "content-length": `${body.length}` } });
+    return (await (made[`${coding}`] ??= make(coding)))(request.method);
   };
 }
 
@@ -149,9 +151,8 @@ function listen(options: Deno.ServeTcpOptions & { signal: AbortSignal }, handler
 
 // ──────────────────────────────────────────────────── The room ────────────────────────────────────────────────────
 const MAX_COPIES = 128 * 1024, MAX_FRAMES = 2000; // bytes sent before a turn of the event loop; frames of one message before a commit
-const HANDSHAKES = 100, DEADLINE = 10_000; // a second and address; ms to complete one, and to give the password
 const TICK = 50, EXCHANGE_EVERY = 20, PAID_EVERY = 200; // ms between looks; looks until presence is exchanged; until a remote database is read, which is billed
-const GRACE = 380; // ms that a shutdown waits for each of the log, the clients, the database, the listener, and the terminal
+const DEADLINE = 10_000, GRACE = 380; // ms to complete a handshake, and to give the password; ms that a shutdown waits for each of the log, the clients, the database, the listener, and the terminal
 /** Everyone who is connected, and what they are sent. */
 class Room {
   readonly #clients = new Set<Client>();
@@ -161,7 +162,6 @@ class Room {
   readonly presence: Presence;
   readonly #requests = new Requests(this);
   readonly #debts = new Map<string, Bucket>(); // for messages, of addresses whose clients left
-  readonly handshakes = new Map<string, Bucket>(); // of addresses
   readonly #emptied = Promise.withResolvers<void>(); // when the last client has gone, at the end
   #ticking?: ReturnType<typeof setInterval>;
   #copied = 0; // bytes sent since it last yielded
@@ -440,7 +440,6 @@ class Client {
 const RATES = { join: 2, history: 5, typing: 2, ping: 2, error: 20 }; // a second, besides messages and frames
 const MAX_FRAME = 64 * 1024, PAGE = 200, SYNC = 1000; // bytes of a frame from a client, far over every limit; messages that a join, or a request for history, is answered with; ms that it waits if `since` is newer than this log
 const SLICE = 2, MAX_WAITING = 1000; // ms of a turn after which a client gets no second frame in it; frames that wait from which it does: they must not come faster than they go
-const PASSWORD_DELAY = 1000, GUESSES = 1; // ms until a wrong password is answered; wrong guesses per second and address
 type Limit = "frame" | Incoming["event"]; // a frame is paid for before it is parsed, its event before what it says is checked
 /** Handles what clients ask for, rate-limited per client. */
 class Requests {
@@ -538,9 +537,9 @@ class Requests {
     const { address = "" } = client, hash = async (text: string) => (await sha256(this.#salt + text)).toBase64();
     if (join.password === undefined) return client.close(1008, "this room has a password");
     const isRight = await hash(join.password) === await hash(this.room.settings.password);
-    if (this.#guesses.get(address)?.wait()) return client.close(1013, "too many wrong passwords", PASSWORD_DELAY);
+    if (this.#guesses.get(address)?.wait()) return client.close(1013, "too many wrong passwords", LATE);
     if (isRight) return await this.#admit(client, join);
-    client.close(1008, "wrong password", PASSWORD_DELAY);
+    client.close(1008, "wrong password", LATE);
     if (address) spendFor(address, this.#guesses, GUESSES);
   }
 }

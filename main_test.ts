@@ -417,6 +417,11 @@ class Raw {
     return taken;
   }
 
+  /** What was read and not taken. */
+  get unread(): string {
+    return new TextDecoder().decode(this.#unread);
+  }
+
   /** The head of an HTTP response. */
   async head(): Promise<string> {
     let head = "";
@@ -2437,10 +2442,12 @@ test("a password that came in time counts, also if the process stood still meanw
   await ada.has(is("joined"));
 });
 
-test("an address that connects again and again is refused for a while, and nobody else is", async () => {
+test("an address that asks for too much is refused for a while, its next request waits, and nobody else does", async () => {
   await using chat = await start({ rateLimit: 20, trustProxy: true });
-  const come = async (address: string) => {
-    using raw = await Raw.connect(chat.addr.port, ...HANDSHAKE, `X-Forwarded-For: ${address}`);
+  const ask = (address: string, ...lines: string[]) =>
+    Raw.connect(chat.addr.port, ...lines, `X-Forwarded-For: ${address}`);
+  const come = async (address: string, ...lines: string[]) => {
+    using raw = await ask(address, ...lines, ...lines.length ? [] : HANDSHAKE);
     return await raw.head();
   };
   {
@@ -2450,7 +2457,13 @@ test("an address that connects again and again is refused for a while, and nobod
       const heads = await Promise.all(count(1, 50).map(() => come("192.0.2.1")));
       for (const head of heads) assertMatch(head, /^HTTP\/1.1 101 /);
     }
-    assertMatch(await come("192.0.2.1"), /^HTTP\/1.1 503 [^]*\r\nretry-after: 1\r\n/i);
+    assertMatch(await come("192.0.2.1"), /^HTTP\/1.1 429 [^]*\r\nretry-after: 1\r\n/i);
+    const page = ["GET / HTTP/1.1", "Host: chat.example"], forwarded = "X-Forwarded-For: 192.0.2.1";
+    using greedy = await ask("192.0.2.1", ...count(1, 9).flatMap(() => [...page, forwarded, ""]), ...page);
+    const refused = greedy.head();
+    assertMatch(await come("192.0.2.2", ...page), /^HTTP\/1.1 200 /);
+    assertMatch(await refused, /^HTTP\/1.1 429 /);
+    assertEquals(greedy.unread.split("HTTP/1.1").length, 1); // one answer and no other
   }
   assertMatch(await come("192.0.2.2"), /^HTTP\/1.1 101 /);
   using _later = later(1000);
