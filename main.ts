@@ -150,7 +150,7 @@ function listen(options: Deno.ServeTcpOptions & { signal: AbortSignal }, handler
 }
 
 // ──────────────────────────────────────────────────── The room ────────────────────────────────────────────────────
-const MAX_COPIES = 128 * 1024, MAX_FRAMES = 2000; // bytes sent before a turn of the event loop; frames of one message before a commit
+const MAX_COPIES = 128 * 1024, MAX_FRAMES = 8000; // bytes sent before a turn of the event loop; frames of one message between two commits
 const TICK = 50, EXCHANGE_EVERY = 20, PAID_EVERY = 200; // ms between looks; looks until presence is exchanged; until a remote database is read, which is billed
 const DEADLINE = 10_000, GRACE = 380; // ms to complete a handshake, and to give the password; ms that a shutdown waits for each of the log, the clients, the database, the listener, and the terminal
 /** Everyone who is connected, and what they are sent. */
@@ -165,6 +165,7 @@ class Room {
   readonly #emptied = Promise.withResolvers<void>(); // when the last client has gone, at the end
   #ticking?: ReturnType<typeof setInterval>;
   #copied = 0; // bytes sent since it last yielded
+  mostAtOnce = Infinity; // messages that may be written together, so that who gets a frame for each has them before the next
   #catchingUp?: Promise<void>;
   hasNews = false; // there is something to announce
   #announcing?: Promise<void>;
@@ -185,9 +186,10 @@ class Room {
     if (!this.isClosed) this.#ticking = setInterval(() => this.#tick(), TICK);
   }
 
-  isFull(address: string | undefined): boolean {
-    const { maxClients, maxClientsPerAddress: most } = this.settings, neighbours = this.#neighbours.get(address ?? "");
-    return this.#clients.size >= maxClients || most > 0 && !!address && (neighbours?.size ?? 0) >= most;
+  readonly neighbours = (address = ""): number => this.#neighbours.get(address)?.size ?? 0;
+  isFull(address?: string): boolean {
+    const { maxClients, maxClientsPerAddress: most } = this.settings;
+    return this.#clients.size >= maxClients || most > 0 && !!address && this.neighbours(address) >= most;
   }
 
   #count(client: Client, isHere: boolean): void {
@@ -257,10 +259,13 @@ class Room {
       const one = `${first} from ${JSON.stringify(username)}, ${message.length} characters`;
       stdout.print(`Message received: ${accepted.length > 1 ? `${accepted.length} at once, from ${first} on` : one}`);
     }
-    let sent = 0; // those who are behind, or asked for more, do not hold up the rest, nor who gets a frame for each message
-    const isNext = (client: Client) => client.joined || (sent += this.log.head - from) <= MAX_FRAMES;
-    const isReady = (client: Client) => client.place >= from && client.wanted.length === 0 && isNext(client);
-    await this.#broadcast((client) => isReady(client) ? client.feed() : 0).catch(report);
+    let plain = 0; // those who get a frame for each message; who joined and is behind, or asked for more, waits
+    const isNext = ({ joined, place, wanted }: Client) =>
+      joined
+        ? place >= from && wanted.length === 0
+        : place < Infinity && ++plain * (this.log.head - from) <= MAX_FRAMES;
+    await this.#broadcast((client) => isNext(client) ? client.feed() : 0).catch(report);
+    this.mostAtOnce = Math.max(1, MAX_FRAMES / plain);
     this.catchUp();
     return this.log.head;
   }
@@ -386,11 +391,10 @@ class Client {
       sent += this.send(page) ? 3 * page.length : MAX_COPIES;
     }
     while (this.place < log.head && log.oldest <= log.head && isReady()) {
-      const batch = log.after(this.place), sendLine = (line: string) => this.send(line) && ++this.place;
+      const batch = log.after(this.place, !this.joined);
       if (!batch) this.close(1013, "what comes next is no longer kept");
-      else if (this.joined ? this.send(batch.text, batch.bytes) : batch.lines.every(sendLine)) {
-        this.place = Math.max(this.place, batch.last);
-        sent += batch.bytes + (this.joined ? 0 : FRAME_COST * batch.lines.length);
+      else if (this.send(batch.text, batch.bytes)) {
+        [this.place, sent] = [Math.max(this.place, batch.last), sent + batch.bytes];
       } else break;
     }
     if (this.place > log.head && this.place < Infinity) this.close(1013, "the room was replaced");
@@ -409,8 +413,7 @@ class Client {
     this.#sent += bytes;
     this.#frames++;
     this.#unsent += bytes + FRAME_COST;
-    // Feeding stops at MAX_UNSENT, answers do not. A client that keeps asking without reading is closed.
-    if (this.isBackedUp() && this.#unsent > 2 * MAX_UNSENT) this.close(1013, "too slow");
+    if (this.isBackedUp() && this.#unsent > 2 * MAX_UNSENT) this.close(1013, "too slow"); // it asked for more than it reads
     return true;
   }
 
@@ -557,10 +560,12 @@ class Log {
   newest?: Batch; // what nearly every client is sent next
   constructor(readonly history: number) {}
 
-  readonly line = (seq: number): string => this.#lines[seq - this.oldest];
+  readonly line = (seq: number): string =>
+    this.#lines[seq - this.oldest] ?? this.newest?.lines[seq - this.newest.first];
 
-  after(seq: number): Batch | undefined {
-    const first = seq === START ? this.oldest : seq + 1, start = first - this.oldest;
+  after(seq: number, isAlone: boolean): Batch | undefined {
+    const first = seq === START ? this.oldest : seq + 1, start = first - this.oldest, text = this.line(first);
+    if (isAlone && text) return { first, last: first, lines: [text], text, bytes: 3 * text.length };
     if (this.newest?.first === first) return this.newest;
     if (start < 0) return undefined;
     let end = start, units = 0;
@@ -606,13 +611,12 @@ const ROSTERS = ["chat", "here"]; // [...ROSTERS, instance] → { online, users 
 const LAYOUT = 1, MAX_VALUE = 64 * 1024; // version of these keys and values; bytes of one value, and so of one entry
 const MAX_DELETES = 500, MAX_ENTRIES = 20_000, MAX_WRITERS = 16; // entries that one commit deletes; that are remembered where others delete too; instances in a head
 const MAX_QUEUE = 8000, MESSAGE_COST = 100; // messages that wait for the next commit; characters that each counts besides its own
-const MAX_TURNS = 20, SHARE = 100, HANGS = 5000; // turns that arriving messages are waited for; ms at most that an instance leaves the database to the others after a commit; ms until the database is said not to respond
+const GATHER = 50, SHARE = 100, HANGS = 5000; // ms at most that arriving messages are waited for; ms at most that an instance leaves the database to the others after a commit; ms until the database is said not to respond
 /**
  * The log in Deno KV: what is accepted is written there, and what other instances write is read from there.
  *
- * What arrives while one commit is under way is written by the next (a group commit). A commit succeeds only if the
- * head still has the versionstamp known here, and so only on top of everything written before, by whichever instance:
- * there is one order, and looking for an id in the log is exact. Everything passes through one loop.
+ * What arrives during one commit is written by the next (a group commit). A commit succeeds only if the head still has
+ * the versionstamp known here, on top of everything that any instance wrote: there is one order, and ids are exact.
  */
 class Store {
   isClosed = false; // nothing more is started
@@ -644,8 +648,8 @@ class Store {
 
   /** Queues a message, before what others say who have more in the queue. Returns the last one if there are too many. */
   append(message: Message, sender: Client): Queued | undefined {
-    const due = sender.due = Math.max(sender.due, this.#due) + MESSAGE_COST + message.body.length;
-    const queued = { ...message, sender, due };
+    const due = Math.max(sender.due, this.#due), queued = { ...message, sender, due };
+    sender.due = due + (MESSAGE_COST + message.body.length) * this.room.neighbours(sender.address); // addresses take turns, too
     this.#queue.splice(this.#queue.findLastIndex((other) => other.due <= due) + 1, 0, queued);
     if (message.id) this.log.ids.set(message.id, queued);
     this.working ??= this.#loop();
@@ -682,7 +686,7 @@ class Store {
   }
 
   async #commit(): Promise<boolean> {
-    for (let turns = 0, before = -1; turns < MAX_TURNS && this.#queue.length > before; turns++) {
+    for (let late = performance.now() + GATHER, before = -1; performance.now() < late && this.#queue.length > before;) {
       before = this.#queue.length; // until a turn brings nothing more, so that what arrives now is written together
       await turn();
     }
@@ -699,8 +703,7 @@ class Store {
     const begun = performance.now(), result = await commit.commit(), took = performance.now() - begun;
     this.#isBehind ||= !result.ok;
     if (!result.ok) return false;
-    this.#uncertain = undefined;
-    [this.#version, this.#writers] = [result.versionstamp, head.writers!];
+    [this.#version, this.#writers, this.#uncertain] = [result.versionstamp, head.writers!, undefined];
     this.#entries.splice(0, expired.length);
     this.#entries.push(first);
     const accepted = this.#queue.splice(0, lines.length);
@@ -713,7 +716,7 @@ class Store {
   #nextEntry(time: number): string {
     const lines: string[] = [];
     let seq = this.log.head, units = 0;
-    for (const { body } of this.#queue) {
+    for (const { body } of this.#queue.slice(0, this.room.mostAtOnce)) {
       const line = `{"event":"receive_message","seq":${++seq},"time":${time},${body}`;
       if ((units += line.length + 1) > MAX_VALUE) break;
       lines.push(line);
@@ -751,8 +754,7 @@ class Store {
       if (first > this.log.head + 1) this.log.restart(first - 1); // what was before it is deleted
       const { writers } = text === this.#uncertain && (await this.kv.get<Head>(HEAD)).value || {}; // others may say the same
       const accepted = writers?.includes(`${this.#id} ${first}`) ? this.#queue.splice(0, lines.length) : [];
-      const most = Math.max(MAX_ENTRIES, 2 * this.log.history); // others have deleted what is more by now
-      if (this.#version) this.#entries.splice(0, this.#entries.length - most);
+      if (this.#version) this.#entries.splice(0, this.#entries.length - Math.max(MAX_ENTRIES, 2 * this.log.history)); // others have deleted them
       this.#entries.push(first);
       this.log.add({ first, last, lines, text, bytes: 3 * text.length }, ids);
       this.#queue = this.#queue.filter((queued) => !queued.id || this.log.ids.get(queued.id) === queued);
@@ -781,8 +783,7 @@ function decode({ key, value }: Deno.KvEntry<Uint8Array>, head: number) {
 }
 
 // ─────────────────────────────────────────────────── Who is here ───────────────────────────────────────────────────
-const HEARTBEAT = 10_000, PRESUMED_DEAD = 30_000; // ms between roster writes; ms without one until an instance counts as gone
-const TRIVIAL = 1024, MAX_TYPING = 10; // length of changes that are told even if the roster is shorter; names told at once
+const HEARTBEAT = 10_000, PRESUMED_DEAD = 30_000, TRIVIAL = 1024, MAX_TYPING = 10; // ms between roster writes; ms without one until an instance counts as gone; length of changes that are told even if the roster is shorter; names told at once
 /** Who is on another instance, and when its entry was last seen to change, in ms since this process began. */
 type Roster = { online: number; users: string[]; version: string; at: number };
 /** Who is here, on this instance and on the others, and who is typing on this one. */

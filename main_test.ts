@@ -1713,24 +1713,54 @@ test("readers that catch up take turns", async () => {
   assert(longest < 512 * 1024, `${longest} bytes in a row`);
 });
 
-test("nobody waits for those who get a frame for each message", async () => {
+test("no more is said than those who get a frame for each message can be sent", async () => {
   await using chat = await start();
-  await using ada = await Client.open(chat, { username: "Ada" });
-  const plain = await Promise.all(count(1, 100).map(() => Client.open(chat)));
-  const send = WebSocket.prototype.send;
-  let frames = 0;
+  const plain = await Promise.all(count(1, 40).map(() => Client.open(chat)));
+  const talkers = await Promise.all(count(1, 20).map((i) => Client.open(chat, { username: `${i}` })));
+  await talkers[0].say("the first");
+  const places = new Map<WebSocket, number>(), { send } = WebSocket.prototype;
+  let furthest = 0;
   using _watched = patch(WebSocket.prototype, "send", function (this: WebSocket, frame) {
-    if (/^{"event":"receive_message".*}$/.test(`${frame}`)) frames++;
+    const [, seq] = /^{"event":"receive_message","seq":(\d+).*}$/.exec(`${frame}`) ?? [];
+    if (seq) places.set(this, +seq);
+    if (places.size >= 40) furthest = Math.max(furthest, Math.max(...places.values()) - Math.min(...places.values()));
     return send.call(this, frame);
   });
-  await ada.say(...numbered(500));
-  await ada.say("the next");
-  assert(frames < 100 * 500, `${frames} frames were sent before the next message`);
+  await Promise.all(talkers.map((talker) => talker.say(...numbered(100))));
   for (const client of plain) {
-    await client.until(() => client.frames.length === 501);
-    assertEquals(seqs(client.events), count(1, 501));
-    await client[Symbol.asyncDispose]();
+    await client.until(() => client.frames.length === 2001);
+    assertEquals(seqs(client.events), count(1, 2001));
   }
+  assert(furthest < 500, `one was ${furthest} messages ahead of another`);
+  for (const client of [...plain, ...talkers]) await client[Symbol.asyncDispose]();
+});
+
+test("a plain client gets all that is written together, however short the history", async () => {
+  await using chat = await start({ history: 2 });
+  await using plain = await Client.open(chat);
+  await using ada = await Client.open(chat, { username: "Ada" });
+  await ada.say(...numbered(50));
+  await plain.until(() => plain.messages().length === 50);
+  assertEquals(plain.frames.length, 50);
+  assertEquals(texts(plain.events), numbered(50));
+});
+
+test("many connections of one address do not keep those of another from being heard", async () => {
+  using kv = await Deno.openKv(":memory:");
+  const { db, works } = held(kv);
+  await using chat = await start({ db, trustProxy: true });
+  const headers = { "x-forwarded-for": "192.0.2.1" };
+  const crowd = await Promise.all(count(1, 50).map((i) => Client.open(chat, { username: `${i}` }, headers)));
+  await using ada = await Client.open(chat, { username: "Ada" });
+  for (const client of crowd) for (const message of numbered(20)) client.send({ username: client.username, message });
+  await Promise.all(crowd.map((client) => client.ask({ event: "ping" }, is("pong"))));
+  const said = ada.say(...numbered(10));
+  await ada.ask({ event: "ping" }, is("pong"));
+  works.resolve();
+  await said;
+  const [first, ...rest] = seqs(ada.messages().filter(({ username }) => username === "Ada"));
+  assert(rest.at(-1)! - first < 100, `${rest.at(-1)! - first} messages from her first to her last`);
+  for (const client of crowd) await client[Symbol.asyncDispose]();
 });
 
 test("a reader that takes nothing for 30 seconds is closed, and finds everything when it joins again", async () => {
