@@ -483,6 +483,8 @@ class Requests {
     if (event === "join") return this.#admit(client, incoming);
     if (client.place === Infinity) return this.#refuse(client, refusal("join with the password first", id));
     if (event === "send_message") return this.#accept(client, incoming);
+    const isMuch = event === "history" && client.wanted.length >= MAX_WAITING;
+    if (isMuch) return this.#refuse(client, refusal("too many history requests are waiting", undefined, 1000));
     if (event === "ping") return void client.send('{"event":"pong"}');
     if (event === "history" && !client.joined) return this.#refuse(client, refusal("join before asking for history"));
     if (event === "history") return void (client.wanted.push(incoming.before), this.room.feed(client));
@@ -513,7 +515,7 @@ class Requests {
     const { id = "", username } = message, { log, store } = this.room, seq = log.ids.get(id) ?? 0;
     if (typeof seq === "object") return void ([seq.sender, client.due] = [client, Math.max(client.due, seq.due)]); // who is told if there is no room
     if (seq > 0 && seq > client.place) return; // it comes in its turn
-    if (seq >= log.oldest) return void client.send(log.line(seq)); // an id may outlive its message
+    if (seq >= log.oldest) return void client.send(log.line(seq)!); // an id may outlive its message
     if (client.tag) message.body = `${message.body.slice(0, -1)},"tag":"${client.tag}"}`;
     if (this.room.presence.typing.size > 0) this.room.presence.typing.delete(username);
     const excess = store.append(message, client), error = "the room cannot take more messages just now";
@@ -560,8 +562,7 @@ class Log {
   newest?: Batch; // what nearly every client is sent next
   constructor(readonly history: number) {}
 
-  readonly line = (seq: number): string =>
-    this.#lines[seq - this.oldest] ?? this.newest?.lines[seq - this.newest.first];
+  readonly line = (seq: number) => this.#lines[seq - this.oldest] ?? this.newest?.lines[seq - this.newest.first];
 
   after(seq: number, isAlone: boolean): Batch | undefined {
     const first = seq === START ? this.oldest : seq + 1, start = first - this.oldest, text = this.line(first);

@@ -750,6 +750,18 @@ test("pages of the history are sent as their reader reads, in the order in which
   assertEquals(answered, asked);
 });
 
+test("a client that asks for more pages than it reads is refused more of them", async () => {
+  await using chat = await start();
+  await using ada = await Client.open(chat, { username: "Ada" });
+  await ada.say(...count(1, 200).map(() => "\u20ac".repeat(2000)));
+  using raw = await Raw.open(chat.addr.port);
+  await raw.frame({ event: "join" });
+  for (let i = 0; i < 1500; i++) await raw.frame({ event: "history", before: 201 });
+  let text;
+  while (typeof (text = await raw.next()) === "string" && !text.includes('"error"'));
+  assertMatch(`${text}`, /^{"event":"error","error":"too many history requests[^"]*","retry_after":\d+}$/);
+});
+
 test("what many ask for at one moment is sent a share in each turn of the event loop", async () => {
   await using chat = await start();
   await using ada = await Client.open(chat, { username: "Ada" });
