@@ -255,15 +255,13 @@ class Room {
   /** Gives readers what is new after `from`, and logs what was accepted here. Returns the newest message. */
   async written(accepted: Message[], from: number): Promise<number> {
     if (this.settings.log && accepted.length > 0) {
-      const first = this.log.head - accepted.length + 1, [{ username, message }] = accepted;
+      const first = from + 1, [{ username, message }] = accepted;
       const one = `${first} from ${JSON.stringify(username)}, ${message.length} characters`;
       stdout.print(`Message received: ${accepted.length > 1 ? `${accepted.length} at once, from ${first} on` : one}`);
     }
     let plain = 0; // those who get a frame for each message; who joined and is behind, or asked for more, waits
     const isNext = ({ joined, place, wanted }: Client) =>
-      joined
-        ? place >= from && wanted.length === 0
-        : place < Infinity && ++plain * (this.log.head - from) <= MAX_FRAMES;
+      joined ? place >= from && wanted.length < 1 : place < Infinity && ++plain * (this.log.head - from) <= MAX_FRAMES;
     await this.#broadcast((client) => isNext(client) ? client.feed() : 0).catch(report);
     this.mostAtOnce = Math.max(1, MAX_FRAMES / plain);
     this.catchUp();
@@ -483,10 +481,10 @@ class Requests {
     if (event === "join") return this.#admit(client, incoming);
     if (client.place === Infinity) return this.#refuse(client, refusal("join with the password first", id));
     if (event === "send_message") return this.#accept(client, incoming);
-    const isMuch = event === "history" && client.wanted.length >= MAX_WAITING;
-    if (isMuch) return this.#refuse(client, refusal("too many history requests are waiting", undefined, 1000));
     if (event === "ping") return void client.send('{"event":"pong"}');
     if (event === "history" && !client.joined) return this.#refuse(client, refusal("join before asking for history"));
+    const isMuch = event === "history" && client.wanted.length >= MAX_WAITING;
+    if (isMuch) return this.#refuse(client, refusal("too many history requests are waiting", undefined, 1000));
     if (event === "history") return void (client.wanted.push(incoming.before), this.room.feed(client));
     if (!client.username) return this.#refuse(client, refusal("join with a username before typing"));
     this.room.presence.typing.add(client.username);
@@ -732,6 +730,11 @@ class Store {
     const { layout, last, writers = [] } = value ?? { layout: LAYOUT, last: 0 };
     if (layout !== LAYOUT || !isWhole(last)) throw new Error(`the database has layout ${layout}, not ${LAYOUT}`);
     if (versionstamp === this.#version) return;
+    const isWritten = this.#uncertain && writers.includes(`${this.#id} ${this.log.head + 1}`); // though the commit threw
+    const accepted = isWritten ? this.#queue.splice(0, this.#uncertain!.split("\n").length) : [];
+    this.#uncertain = undefined; // else it never will be
+    for (const { id = "" } of accepted) this.log.ids.delete(id);
+    await this.room.written(accepted, this.log.head);
     if (last < this.log.head) { // the room was emptied
       this.#entries = [];
       this.log.restart(0);
@@ -743,7 +746,6 @@ class Store {
       if (this.#isBehind) return;
       this.log.restart(last);
     }
-    this.#uncertain = undefined; // it was written on top of another head, or never will be
     [this.#version, this.#writers] = [versionstamp, writers];
   }
 
@@ -753,13 +755,10 @@ class Store {
       const { first, text, lines, ids } = decode(entry, this.log.head), last = first + lines.length - 1;
       if (last - told > this.log.history / 50) told = await this.room.written([], told);
       if (first > this.log.head + 1) this.log.restart(first - 1); // what was before it is deleted
-      const { writers } = text === this.#uncertain && (await this.kv.get<Head>(HEAD)).value || {}; // others may say the same
-      const accepted = writers?.includes(`${this.#id} ${first}`) ? this.#queue.splice(0, lines.length) : [];
       if (this.#version) this.#entries.splice(0, this.#entries.length - Math.max(MAX_ENTRIES, 2 * this.log.history)); // others have deleted them
       this.#entries.push(first);
       this.log.add({ first, last, lines, text, bytes: 3 * text.length }, ids);
       this.#queue = this.#queue.filter((queued) => !queued.id || this.log.ids.get(queued.id) === queued);
-      if (accepted.length > 0) told = await this.room.written(accepted, told);
     }
     await this.room.written([], told);
   }

@@ -1365,6 +1365,29 @@ test("a write that was done but reported as failed is not done again", async () 
   assertEquals(texts(ada.messages()), numbered(100));
 });
 
+test("a write that was reported as failed is not done again, even if it was deleted since", async () => {
+  using kv = await Deno.openKv(":memory:");
+  await using other = await start({ db: kv, history: 5 });
+  await using grace = await Client.open(other, { username: "Grace" });
+  let isFirst = true;
+  const db = unreliable(kv, async (call, name) => {
+    const result = await call();
+    if (name !== "commit" || !isFirst) return result;
+    isFirst = false;
+    await grace.has(is("receive_message"));
+    for (const message of numbered(20)) await grace.say(message);
+    throw new Error("connection lost");
+  });
+  await using chat = await start({ db, history: 5 });
+  await using ada = await Client.open(chat);
+  ada.send({ username: "Ada", message: "once" }); // without an id to know it by
+  await ada.ended(); // what came meanwhile is not kept any more
+  await using again = await Client.open(chat);
+  await again.say("next");
+  await grace.has(({ message }) => message === "next");
+  assertEquals(texts(grace.messages()), ["once", ...numbered(20), "next"]);
+});
+
 test("what waits for a database that fails is bounded, and its sender keeps it", async () => {
   using kv = await Deno.openKv(":memory:");
   const { db, works } = held(kv);
