@@ -3,7 +3,6 @@
  * returns the page or upgrades the request to a WebSocket; the {@linkcode Room} keeps the clients in a `Set` and
  * broadcasts each message to them. A message is in the database before anyone sees it, and each client has a place in
  * the {@linkcode Log}, after which it is sent everything in one order.
- *
  * @module
  */
 
@@ -20,7 +19,6 @@ export interface Chat extends AsyncDisposable {
 
 /**
  * Starts a chat server. It serves the page at `/` and its health at `/healthz`, and upgrades WebSockets on any path.
- *
  * Throws a `RangeError` for an invalid option, `Deno.errors.AddrInUse` if the port is taken, an `Error` for a log that
  * cannot be read, and whatever reading the certificate and `Deno.openKv` throw.
  *
@@ -370,6 +368,7 @@ class Client {
   needsRoster = false; // it has to be told who is here, not only what changed
   isClosed = false; // nothing is read from it or sent to it any more
   due = 0; // of its last message in the queue
+  readonly cameAt = performance.now();
   timer?: ReturnType<typeof setTimeout>; // closes it later
   readonly buckets: Partial<Record<Limit, Bucket>> = {}; // what it may still ask for
   #unsent = 0; // upper bound of the bytes that wait to be sent, and of what their frames cost
@@ -392,7 +391,7 @@ class Client {
       const batch = log.after(this.place, !this.joined);
       if (!batch) this.close(1013, "what comes next is no longer kept");
       else if (this.send(batch.text, batch.bytes)) {
-        [this.place, sent] = [Math.max(this.place, batch.last), sent + batch.bytes];
+        [this.place, sent] = [Math.max(this.place, batch.last), sent + (this.joined ? batch.bytes : batch.text.length)];
       } else break;
     }
     if (this.place > log.head && this.place < Infinity) this.close(1013, "the room was replaced");
@@ -609,11 +608,10 @@ const LOG = ["chat", "log"]; // [...LOG, first] → an entry: its lines, joined,
 const ROSTERS = ["chat", "here"]; // [...ROSTERS, instance] → { online, users }
 const LAYOUT = 1, MAX_VALUE = 64 * 1024; // version of these keys and values; bytes of one value, and so of one entry
 const MAX_DELETES = 500, MAX_ENTRIES = 20_000, MAX_WRITERS = 16; // entries that one commit deletes; that are remembered where others delete too; instances in a head
-const MAX_QUEUE = 8000, MESSAGE_COST = 100; // messages that wait for the next commit; characters that each counts besides its own
+const MAX_QUEUE = 8000, MESSAGE_COST = 500, CROWD = 200, NEW = 1000; // messages that wait for the next commit; characters that each counts besides its own; messages in the queue that let no new client in; ms for which it is new
 const GATHER = 50, SHARE = 100, HANGS = 5000; // ms at most that arriving messages are waited for; ms at most that an instance leaves the database to the others after a commit; ms until the database is said not to respond
 /**
  * The log in Deno KV: what is accepted is written there, and what other instances write is read from there.
- *
  * What arrives during one commit is written by the next (a group commit). A commit succeeds only if the head still has
  * the versionstamp known here, on top of everything that any instance wrote: there is one order, and ids are exact.
  */
@@ -647,8 +645,10 @@ class Store {
 
   /** Queues a message, before what others say who have more in the queue. Returns the last one if there are too many. */
   append(message: Message, sender: Client): Queued | undefined {
-    const due = Math.max(sender.due, this.#due), queued = { ...message, sender, due };
-    sender.due = due + (MESSAGE_COST + message.body.length) * this.room.neighbours(sender.address); // addresses take turns, too
+    const isNew = this.room.settings.rateLimit > 0 && performance.now() - sender.cameAt < NEW;
+    if (isNew && this.#queue.length > CROWD) return { ...message, sender, due: 0 }; // else who comes anew each time goes first
+    const cost = (MESSAGE_COST + message.body.length) * this.room.neighbours(sender.address); // addresses take turns, too
+    const due = sender.due = Math.max(sender.due, this.#due) + cost, queued = { ...message, sender, due };
     this.#queue.splice(this.#queue.findLastIndex((other) => other.due <= due) + 1, 0, queued);
     if (message.id) this.log.ids.set(message.id, queued);
     this.working ??= this.#loop();

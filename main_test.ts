@@ -1772,12 +1772,16 @@ test("no more is said than those who get a frame for each message can be sent", 
 
 test("a plain client gets all that is written together, however short the history", async () => {
   await using chat = await start({ history: 2 });
-  await using plain = await Client.open(chat);
+  const plain = await Promise.all(count(1, 50).map(() => Client.open(chat)));
   await using ada = await Client.open(chat, { username: "Ada" });
   await ada.say(...numbered(50));
-  await plain.until(() => plain.messages().length === 50);
-  assertEquals(plain.frames.length, 50);
-  assertEquals(texts(plain.events), numbered(50));
+  await ada.say(...count(1, 100).map(() => "x".repeat(2000)));
+  for (const client of plain) {
+    await client.until(() => client.closed || client.messages().length === 150);
+    assertEquals(client.frames.length, 150);
+    assertEquals(texts(client.events).slice(0, 50), numbered(50));
+    await client[Symbol.asyncDispose]();
+  }
 });
 
 test("many connections of one address do not keep those of another from being heard", async () => {
@@ -1796,6 +1800,30 @@ test("many connections of one address do not keep those of another from being he
   const [first, ...rest] = seqs(ada.messages().filter(({ username }) => username === "Ada"));
   assert(rest.at(-1)! - first < 100, `${rest.at(-1)! - first} messages from her first to her last`);
   for (const client of crowd) await client[Symbol.asyncDispose]();
+});
+
+test("while much waits, who has just come is told to try again, and nobody else is", async () => {
+  using kv = await Deno.openKv(":memory:");
+  const { db, works } = held(kv);
+  await using chat = await start({ db, rateLimit: 1000 });
+  await using ada = await Client.open(chat, { username: "Ada" });
+  using _later = later(1000);
+  for (const message of numbered(300)) ada.send({ username: "Ada", message });
+  await ada.ask({ event: "ping" }, is("pong"));
+  await using grace = await Client.open(chat, { username: "Grace" });
+  const hers = { username: "Grace", message: "Hi", id: "hers" };
+  const { id, retry_after } = await grace.ask(hers, is("error"));
+  assertEquals([id, retry_after], ["hers", 1000]);
+  const said = ada.say("the last");
+  await ada.ask({ event: "ping" }, is("pong"));
+  using _stillLater = later(1000);
+  grace.send(hers);
+  await grace.ask({ event: "ping" }, is("pong"));
+  works.resolve();
+  await said;
+  await ada.has(({ message }) => message === "Hi");
+  assertEquals(texts(ada.messages()).filter((text) => text === "Hi").length, 1);
+  assertEquals(ada.events.filter(is("error")), []);
 });
 
 test("a reader that takes nothing for 30 seconds is closed, and finds everything when it joins again", async () => {
