@@ -184,10 +184,9 @@ class Room {
     if (!this.isClosed) this.#ticking = setInterval(() => this.#tick(), TICK);
   }
 
-  readonly neighbours = (address = ""): number => this.#neighbours.get(address)?.size ?? 0;
-  isFull(address?: string): boolean {
-    const { maxClients, maxClientsPerAddress: most } = this.settings;
-    return this.#clients.size >= maxClients || most > 0 && !!address && this.neighbours(address) >= most;
+  isFull(address: string | undefined): boolean {
+    const { maxClients, maxClientsPerAddress: most } = this.settings, neighbours = this.#neighbours.get(address ?? "");
+    return this.#clients.size >= maxClients || most > 0 && !!address && (neighbours?.size ?? 0) >= most;
   }
 
   #count(client: Client, isHere: boolean): void {
@@ -647,8 +646,8 @@ class Store {
   append(message: Message, sender: Client): Queued | undefined {
     const isNew = this.room.settings.rateLimit > 0 && performance.now() - sender.cameAt < NEW;
     if (isNew && this.#queue.length > CROWD) return { ...message, sender, due: 0 }; // else who comes anew each time goes first
-    const cost = (MESSAGE_COST + message.body.length) * this.room.neighbours(sender.address); // addresses take turns, too
-    const due = sender.due = Math.max(sender.due, this.#due) + cost, queued = { ...message, sender, due };
+    const due = sender.due = Math.max(sender.due, this.#due) + MESSAGE_COST + message.body.length;
+    const queued = { ...message, sender, due };
     this.#queue.splice(this.#queue.findLastIndex((other) => other.due <= due) + 1, 0, queued);
     if (message.id) this.log.ids.set(message.id, queued);
     this.working ??= this.#loop();

@@ -1784,24 +1784,6 @@ test("a plain client gets all that is written together, however short the histor
   }
 });
 
-test("many connections of one address do not keep those of another from being heard", async () => {
-  using kv = await Deno.openKv(":memory:");
-  const { db, works } = held(kv);
-  await using chat = await start({ db, trustProxy: true });
-  const headers = { "x-forwarded-for": "192.0.2.1" };
-  const crowd = await Promise.all(count(1, 50).map((i) => Client.open(chat, { username: `${i}` }, headers)));
-  await using ada = await Client.open(chat, { username: "Ada" });
-  for (const client of crowd) for (const message of numbered(20)) client.send({ username: client.username, message });
-  await Promise.all(crowd.map((client) => client.ask({ event: "ping" }, is("pong"))));
-  const said = ada.say(...numbered(10));
-  await ada.ask({ event: "ping" }, is("pong"));
-  works.resolve();
-  await said;
-  const [first, ...rest] = seqs(ada.messages().filter(({ username }) => username === "Ada"));
-  assert(rest.at(-1)! - first < 100, `${rest.at(-1)! - first} messages from her first to her last`);
-  for (const client of crowd) await client[Symbol.asyncDispose]();
-});
-
 test("while much waits, who has just come is told to try again, and nobody else is", async () => {
   using kv = await Deno.openKv(":memory:");
   const { db, works } = held(kv);
