@@ -607,7 +607,7 @@ const LOG = ["chat", "log"]; // [...LOG, first] → an entry: its lines, joined,
 const ROSTERS = ["chat", "here"]; // [...ROSTERS, instance] → { online, users }
 const LAYOUT = 1, MAX_VALUE = 64 * 1024; // version of these keys and values; bytes of one value, and so of one entry
 const MAX_DELETES = 500, MAX_ENTRIES = 20_000, MAX_WRITERS = 16; // entries that one commit deletes; that are remembered where others delete too; instances in a head
-const MAX_QUEUE = 8000, MESSAGE_COST = 500, CROWD = 200, NEW = 1000; // messages that wait for the next commit; characters that each counts besides its own; messages in the queue that let no new client in; ms for which it is new
+const MAX_QUEUE = 8000, MESSAGE_COST = 200, CROWD = 200, NEW = 1000; // messages that wait for the next commit; characters that each counts besides its own; messages in the queue that let no new client in; ms for which it is new
 const GATHER = 50, SHARE = 100, HANGS = 5000; // ms at most that arriving messages are waited for; ms at most that an instance leaves the database to the others after a commit; ms until the database is said not to respond
 /**
  * The log in Deno KV: what is accepted is written there, and what other instances write is read from there.
@@ -646,8 +646,8 @@ class Store {
   append(message: Message, sender: Client): Queued | undefined {
     const isNew = this.room.settings.rateLimit > 0 && performance.now() - sender.cameAt < NEW;
     if (isNew && this.#queue.length > CROWD) return { ...message, sender, due: 0 }; // else who comes anew each time goes first
-    const due = sender.due = Math.max(sender.due, this.#due) + MESSAGE_COST + message.body.length;
-    const queued = { ...message, sender, due };
+    const cost = MESSAGE_COST + message.body.length, next = isNew ? Math.max(sender.due, this.#due) : sender.due;
+    const due = sender.due = Math.max(next + cost, this.#due), queued = { ...message, sender, due }; // who was silent is ahead
     this.#queue.splice(this.#queue.findLastIndex((other) => other.due <= due) + 1, 0, queued);
     if (message.id) this.log.ids.set(message.id, queued);
     this.working ??= this.#loop();
