@@ -4041,6 +4041,10 @@ pageTest("tells apart those whose names look the same", async ({ chat, run, ente
     ["Zoe\u0308", "Zo\u0451"],
     ["\u01f0o", "\u0237\u030co"],
     ["\u0249\u0301o", "\u025f\u0301o"],
+    ["Carl", "\u03f9arl", "\u1d04arl", "\u04aaarl"],
+    ["Marc", "Mar\u03f2"],
+    ["\u041f\u0430\u0432\u0435\u043b", "\u03a0\u0430\u0432\u0435\u043b"],
+    ["Hugo", "\u04bau\u0261\u1d0f"],
   ];
   const names = [
     ...alike.flat(),
