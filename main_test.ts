@@ -1999,14 +1999,14 @@ test("an instance that writes without a pause lets another write, too", async ()
 test("an instance that ends writes what is pending without a pause", async () => {
   using kv = await Deno.openKv(":memory:");
   const slow = unreliable(kv, async (call, name) => {
-    return await call().finally(() => name === "commit" && new Promise((resolve) => setTimeout(resolve, 15)));
+    return await call().finally(() => name === "commit" && new Promise((resolve) => setTimeout(resolve, 30)));
   });
   const here = await start({ db: slow });
   await using there = await start({ db: kv });
   await using ada = await Client.open(here, { username: "Ada" });
   await using _grace = await Client.open(there, { username: "Grace" });
   await ada.until(() => ada.events.findLast(is("presence"))?.online === 2);
-  const texts = numbered(300).map((text) => text.padEnd(2000, ".")); // ten commits
+  const texts = numbered(150).map((text) => text.padEnd(2000, ".")); // five commits
   for (const message of texts) ada.send({ username: "Ada", message });
   await ada.until(() => ada.messages().length > 0);
   await here.shutdown();
