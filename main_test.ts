@@ -1464,6 +1464,32 @@ test("a short message does not wait for as many long ones", async () => {
   for (const client of flooders) await client[Symbol.asyncDispose]();
 });
 
+test("who said nothing lately is ahead of what others say, also with a long message", async () => {
+  using kv = await Deno.openKv(":memory:");
+  const hold = Promise.withResolvers<void>();
+  let isHeld = false, isWaiting = false;
+  const db = unreliable(kv, async (call, name) => {
+    if (name === "commit" && isHeld) await (isWaiting = true, hold.promise);
+    return await call();
+  });
+  await using chat = await start({ db });
+  const crowd = await Promise.all(count(1, 20).map(() => Client.open(chat)));
+  await using grace = await Client.open(chat);
+  await grace.say("before");
+  await crowd[0].say(...numbered(100));
+  isHeld = true;
+  crowd[0].send({ username: "Ada", message: "held" });
+  await until(() => isWaiting);
+  for (const client of crowd) for (const message of numbered(10)) client.send({ username: "Ada", message });
+  await Promise.all(crowd.map((client) => client.ask({ event: "ping" }, is("pong"))));
+  const said = grace.say("x".repeat(2000));
+  await grace.ask({ event: "ping" }, is("pong"));
+  hold.resolve();
+  const { seq } = await said;
+  assert(seq! <= 102 + 20 + 1, `${seq! - 102} messages came before`); // what was held, and the first of each
+  for (const client of crowd) await client[Symbol.asyncDispose]();
+});
+
 test("who sends again through another connection is answered there", async () => {
   using kv = await Deno.openKv(":memory:");
   const { db, works } = held(kv);
