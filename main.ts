@@ -367,7 +367,7 @@ class Client {
   needsRoster = false; // it has to be told who is here, not only what changed
   isClosed = false; // nothing is read from it or sent to it any more
   due = 0; // of its last message in the queue
-  readonly cameAt = performance.now();
+  readonly cameAt = performance.now(); // in ms since the process began
   timer?: ReturnType<typeof setTimeout>; // closes it later
   readonly buckets: Partial<Record<Limit, Bucket>> = {}; // what it may still ask for
   #unsent = 0; // upper bound of the bytes that wait to be sent, and of what their frames cost
@@ -438,7 +438,7 @@ class Client {
 // ───────────────────────────────────────────── What a client may ask for ─────────────────────────────────────────────
 const RATES = { join: 2, history: 5, typing: 2, ping: 2, error: 20 }; // a second, besides messages and frames
 const MAX_FRAME = 64 * 1024, PAGE = 200, SYNC = 1000; // bytes of a frame from a client, far over every limit; messages that a join, or a request for history, is answered with; ms that it waits if `since` is newer than this log
-const SLICE = 2, MAX_WAITING = 1000; // ms of a turn after which a client gets no second frame in it; frames that wait from which it does: they must not come faster than they go
+const SLICE = 2, MAX_WAITING = 1000; // ms of a turn after which a client gets no second frame in it; frames that wait from which it does: they must not come faster than they go; requests for history that may wait
 type Limit = "frame" | Incoming["event"]; // a frame is paid for before it is parsed, its event before what it says is checked
 /** Handles what clients ask for, rate-limited per client. */
 class Requests {
