@@ -30,7 +30,7 @@ export interface Chat extends AsyncDisposable {
 export async function startChat(options: ChatOptions = {}): Promise<Chat> {
   const settings = resolveSettings(options), { port, hostname, db, tlsCert, tlsKey } = settings;
   const [cert, key] = await Promise.all([tlsCert, tlsKey].map((path) => path && Deno.readTextFile(path)));
-  const servePage = pageServer(settings.title), requests = new Map<string, Bucket>(), ending = new AbortController();
+  const servePage = pageServer(settings.title), requests = new Map<string, Bucket>();
   let room: Room | undefined, listener: ReturnType<typeof listen> | undefined, ended: Promise<void> | undefined;
   const opening = (async () => { // until the log is read, only the page is served
     room = new Room(typeof db === "object" ? db : await Deno.openKv(db), settings);
@@ -53,12 +53,11 @@ export async function startChat(options: ChatOptions = {}): Promise<Chat> {
   };
   const end = async () => {
     await room?.close().catch(report);
-    ending.abort();
-    await withTimeout(GRACE, listener?.ended);
+    await withTimeout(GRACE, listener?.end());
   };
   const shutdown = () => ended ??= end();
   try {
-    listener = listen({ port, hostname, ...tlsCert && { cert, key }, signal: ending.signal }, handler);
+    listener = listen({ port, hostname, ...tlsCert && { cert, key } }, handler);
     await opening;
     return { addr: listener.addr, shutdown, [Symbol.asyncDispose]: shutdown };
   } catch (error) {
@@ -130,21 +129,22 @@ function pageServer(title: string): (request: Request) => Promise<Response> {
   };
 }
 
-const RETRY = 50, REPORTED = 5; // ms before a retry; failures in a row before they are reported
-/** Listens, and listens again at the same address if accepting fails (out of file descriptors, say), until aborted. */
-function listen(options: Deno.ServeTcpOptions & { signal: AbortSignal }, handler: Deno.ServeHandler) {
+const RETRY = 50, AGAIN = 1000, REPORTED = 5; // ms before a retry, and before listening again; failures in a row before they are reported
+/** Listens, and again at the same address after accepting failed (out of file descriptors, say), until `end` is called. */
+function listen(options: Deno.ServeTcpOptions, handler: Deno.ServeHandler) {
   const onError = (error: unknown) => (report(error), respond(500, "Internal error"));
-  const { addr, finished } = Deno.serve({ ...options, onError, onListen() {} }, handler);
-  const ended: Promise<void> = finished.catch(async (error) => {
-    stderr.print(`New connections cannot be accepted: ${error.message}`);
-    const again = async (): Promise<void> => {
-      await wait(RETRY);
-      if (options.signal.aborted) return;
-      await Promise.try(listen, { ...options, ...addr as { port: number } }, handler).then(({ ended }) => ended, again);
-    };
-    await again();
-  });
-  return { addr, ended };
+  let ending = new AbortController();
+  const serve = () => Deno.serve({ ...options, signal: ending.signal, onError, onListen() {} }, handler);
+  const { addr, finished } = serve();
+  const ended = (async () => {
+    for (let listening = finished;;) {
+      await listening.catch(({ message }) => (stderr.print(`Connections cannot be accepted: ${message}`), wait(AGAIN)));
+      if (ending.signal.aborted) return;
+      [ending, options] = [new AbortController(), { ...options, ...addr as { port: number } }]; // a signal keeps what waited for it
+      listening = Promise.try(serve).then(({ finished }) => finished);
+    }
+  })();
+  return { addr, end: () => (ending.abort(), ended) };
 }
 
 // ──────────────────────────────────────────────────── The room ────────────────────────────────────────────────────
