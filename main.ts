@@ -51,11 +51,8 @@ export async function startChat(options: ChatOptions = {}): Promise<Chat> {
     if (pathname === "/") return await servePage(request);
     return trouble ? respond(503, trouble) : respond(200, room?.isFull(address) ? "full" : "ok");
   };
-  const end = async () => {
-    await room?.close().catch(report);
-    await withTimeout(GRACE, listener?.end());
-  };
-  const shutdown = () => ended ??= end();
+  const end = () => withTimeout(GRACE, listener?.end());
+  const shutdown = () => ended ??= Promise.resolve(room?.close()).catch(report).then(end);
   try {
     listener = listen({ port, hostname, ...tlsCert && { cert, key } }, handler);
     await opening;
@@ -159,7 +156,7 @@ class Room {
   readonly store: Store;
   readonly presence: Presence;
   readonly #requests = new Requests(this);
-  readonly #debts = new Map<string, Bucket>(); // for messages, of addresses whose clients left
+  readonly #debts = new Map<string, Bucket>(); // of addresses whose clients left
   readonly #emptied = Promise.withResolvers<void>(); // when the last client has gone, at the end
   #ticking?: ReturnType<typeof setInterval>;
   #copied = 0; // bytes sent since it last yielded
@@ -199,8 +196,7 @@ class Room {
   /** Adds a socket. Once it is open it gets every message, unless the room has a password. */
   add(socket: WebSocket, address: string | undefined): void {
     const client = new Client(this, socket, address), deadline = Math.min(DEADLINE, 1000 * this.settings.idleTimeout);
-    const debt = this.#debts.get(address ?? ""); // who comes back does not begin anew
-    if (debt) client.buckets.send_message = new Bucket(debt.rate, debt.fullAt);
+    for (const limit of OWED) client.buckets[limit] = this.#debts.get(limit + address)?.copy();
     this.#count(client, true); // from the handshake on
     client.timer = setTimeout(() => this.#count(client, false), deadline); // a handshake that died has no event
     socket.onopen = () => {
@@ -216,8 +212,10 @@ class Room {
       await client.done; // what it sent before
       client.close(1000, "");
       this.#count(client, false); // until then it counts: a peer that does not answer is not gone
-      const { send_message: debt } = client.buckets, { fullAt = 0 } = this.#debts.get(address ?? "") ?? {};
-      if (address && debt && debt.fullAt > fullAt) put(this.#debts, [[address, debt]], isRefilled);
+      for (const limit of OWED) {
+        const debt = client.buckets[limit], { fullAt = 0 } = this.#debts.get(limit + address) ?? {};
+        if (address && debt && debt.fullAt > fullAt) put(this.#debts, [[limit + address, debt]], isRefilled);
+      }
       if (this.isClosed && this.#clients.size === 0) this.#emptied.resolve();
     };
   }
@@ -324,6 +322,7 @@ const STALL = 30_000, BURST = 5000; // ms without progress until such a client i
 /** A token bucket. Its only state is the time at which it is full again, in ms since the process began. */
 class Bucket {
   constructor(readonly rate: number, public fullAt = 0) {} // tokens a second
+  copy = () => new Bucket(this.rate, this.fullAt);
 
   wait(price = 1): number {
     return Math.max(0, Math.ceil(Math.max(0, this.fullAt - performance.now()) + 1000 * price / this.rate - BURST));
@@ -436,7 +435,7 @@ class Client {
 }
 
 // ───────────────────────────────────────────── What a client may ask for ─────────────────────────────────────────────
-const RATES = { join: 2, history: 5, typing: 2, ping: 2, error: 20 }; // a second, besides messages and frames
+const RATES = { join: 2, history: 5, typing: 2, ping: 2, error: 20 }, OWED = ["send_message", "error"] as const; // a second, besides messages and frames; what is still owed after coming back
 const MAX_FRAME = 64 * 1024, PAGE = 200, SYNC = 1000; // bytes of a frame from a client, far over every limit; messages that a join, or a request for history, is answered with; ms that it waits if `since` is newer than this log
 const SLICE = 2, MAX_WAITING = 1000; // ms of a turn after which a client gets no second frame in it; frames that wait from which it does: they must not come faster than they go; requests for history that may wait
 type Limit = "frame" | Incoming["event"]; // a frame is paid for before it is parsed, its event before what it says is checked
