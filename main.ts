@@ -369,10 +369,10 @@ class Client {
   readonly cameAt = performance.now(); // in ms since the process began
   timer?: ReturnType<typeof setTimeout>; // closes it later
   readonly buckets: Partial<Record<Limit, Bucket>> = {}; // what it may still ask for
-  #unsent = 0; // upper bound of the bytes that wait to be sent, and of what their frames cost
-  #sent = 1; // bytes, at most
-  #frames = 0; // that they were in
-  #waiting = Infinity; // how many did when it was last found backed up
+  #unsent = 0; // bytes that wait to be sent, at most, and what their frames cost, about
+  #sent = 0; // bytes that wait, or were sent with them, at most
+  #frames = 0; // that they are in
+  #waiting = Infinity; // how many bytes did when it was last found backed up
   #tookAt = 0; // when it last took some of them, in ms since the process began
   readonly fail = (error: unknown) => (report(error), this.close(1011, "internal error"));
   constructor(readonly room: Room, readonly socket: WebSocket, readonly address: string | undefined) {}
@@ -415,10 +415,12 @@ class Client {
   /** Reports whether too much waits to be sent. Closes the client if that has not shrunk for STALL ms. */
   isBackedUp(): boolean {
     if (this.#unsent <= MAX_UNSENT) return false; // the socket is asked no more often: that costs
-    this.#unsent = this.socket.bufferedAmount * (1 + FRAME_COST * this.#frames / this.#sent);
+    const { bufferedAmount } = this.socket, kept = Math.min(1, 3 * bufferedAmount / this.#sent);
+    this.#unsent = bufferedAmount * (1 + FRAME_COST * this.#frames / this.#sent);
+    [this.#sent, this.#frames] = [kept * this.#sent, kept * this.#frames]; // what was taken says nothing about the rest
     const isFull = this.#unsent > MAX_UNSENT, now = performance.now();
-    if (isFull && this.#unsent < this.#waiting) this.#tookAt = now;
-    this.#waiting = isFull ? this.#unsent : Infinity;
+    if (bufferedAmount < this.#waiting) this.#tookAt = now;
+    this.#waiting = isFull ? bufferedAmount : Infinity;
     if (isFull && now - this.#tookAt > STALL) this.close(1013, "too slow");
     return isFull;
   }

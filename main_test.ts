@@ -762,6 +762,32 @@ test("a client that asks for more pages than it reads is refused more of them", 
   assertMatch(`${text}`, /^{"event":"error","error":"too many history requests[^"]*","retry_after":\d+}$/);
 });
 
+test("who read much before may leave no more small frames unread than others", async () => {
+  await using chat = await start();
+  await using ada = await Client.open(chat, { username: "Ada" });
+  await ada.say(...count(1, 50).map(() => "x".repeat(2000)));
+  const { send } = WebSocket.prototype;
+  let most = 0;
+  using _watched = patch(WebSocket.prototype, "send", function (this: WebSocket, data) {
+    send.call(this, data);
+    most = Math.max(most, this.bufferedAmount);
+  });
+  const unread = async (username: string, pages: number) => {
+    using raw = await Raw.open(chat.addr.port);
+    await raw.frame({ event: "join", username });
+    while (pages-- > 0) {
+      await raw.frame({ event: "history", before: 51 });
+      while (!`${await raw.next()}`.startsWith('{"event":"history"'));
+    }
+    most = 0;
+    const hasLeft = () => ada.events.some(({ left }) => left?.includes(username));
+    while (!hasLeft()) await raw.frame({ event: "send_message", id: "i".repeat(64) });
+    return most;
+  };
+  const fresh = await unread("Eve", 0), later = await unread("Lin", 200);
+  assert(later < 1.3 * fresh, `${later} bytes, not ${fresh}`);
+});
+
 test("what many ask for at one moment is sent a share in each turn of the event loop", async () => {
   await using chat = await start();
   await using ada = await Client.open(chat, { username: "Ada" });
