@@ -34,7 +34,7 @@ export async function startChat(options: ChatOptions = {}): Promise<Chat> {
   let room: Room | undefined, listener: ReturnType<typeof listen> | undefined, ended: Promise<void> | undefined;
   const opening = (async () => { // until the log is read, only the page is served
     room = new Room(typeof db === "object" ? db : await Deno.openKv(db), settings);
-    await room.open();
+    await (ended ? room.close() : room.open()); // it may have taken too long
   })();
   const handler = async (request: Request, { remoteAddr }: Deno.ServeHandlerInfo) => {
     const forwarded = settings.trustProxy && request.headers.get("x-forwarded-for")?.replace(/^.*,/s, "").trim();

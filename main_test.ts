@@ -1001,6 +1001,20 @@ test("while the room opens, a handshake is answered with 503, and the start fail
   assertEquals(printed, []);
 });
 
+test("a start that failed closes a database that opens later", async () => {
+  await using chat = await start();
+  const kv = await Deno.openKv(":memory:"), opening = Promise.withResolvers<Deno.Kv>(), { close } = kv;
+  const { get: original } = Object.getOwnPropertyDescriptor(Deno, "openKv")!;
+  Object.defineProperty(Deno, "openKv", { configurable: true, get: () => () => opening.promise });
+  const error = await startChat({ port: chat.addr.port, db: "late" }).then(() => undefined, (error) => error);
+  Object.defineProperty(Deno, "openKv", { configurable: true, get: original });
+  assert(error instanceof Deno.errors.AddrInUse);
+  let isClosed = false;
+  patch(kv, "close", () => void (isClosed = true));
+  opening.resolve(kv);
+  await until(() => isClosed).finally(() => close.call(kv));
+});
+
 test("/healthz tells whether messages can be written", async () => {
   using kv = await Deno.openKv(":memory:");
   const read = Promise.withResolvers<void>(), port = freePort();
