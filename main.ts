@@ -875,8 +875,8 @@ function check(frame: string | ArrayBuffer, pay: Pay): Incoming | false {
   if (event === "join") return pay(event) && checkJoin(data);
   if (event === "typing" || event === "ping") return pay(event) && { event };
   if (event !== "history") return refusal("event must be send_message, join, history, typing or ping");
-  if (!isWhole(before)) return refusal("before must be a whole number, the oldest seq seen");
-  return pay(event) && { event, before };
+  if (!pay(event)) return false;
+  return isWhole(before) ? { event, before } : refusal("before must be a whole number, the oldest seq seen");
 }
 
 function checkMessage({ username, message, id }: Record<string, unknown>, pay: Pay): Incoming | false {

@@ -2358,9 +2358,9 @@ test("pings, joins, typing and history are limited too", async () => {
   await using chat = await start({ rateLimit: 20 });
   for (const event of ["ping", "join", "typing", "history"]) {
     await using eve = await Client.open(chat, { username: "Eve" });
-    for (let i = 0; i < 40; i++) eve.send({ event, before: 1 });
-    const { error, retry_after } = await eve.has(is("error"));
-    assertMatch(error, new RegExp(`too many.* ${event}.*try again`));
+    for (let i = 0; i < 30; i++) eve.send({ event, before: i % 2 ? 1 : -1 });
+    const { error, retry_after } = await eve.has(({ error }) => error?.startsWith("too many"));
+    assertMatch(error, new RegExp(`${event}.*try again`));
     assert(retry_after > 0 && retry_after <= 1000);
   }
 });
