@@ -1035,7 +1035,7 @@ class Terminal {
   async #write(): Promise<void> {
     while (this.#waiting) {
       const text = this.#waiting, dropped = this.#dropped;
-      const bytes = ENCODER.encode(dropped > 0 ? `${dropped} lines were dropped here\n${text}` : text);
+      const bytes = ENCODER.encode(dropped > 0 ? `${dropped} lines were dropped\n${text}` : text);
       this.#waiting = "";
       try {
         for (let at = 0; at < bytes.length;) at += await this.stream.write(bytes.subarray(at));

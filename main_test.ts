@@ -1099,7 +1099,7 @@ test("a log that failed for a while says what it lacks and goes on", async () =>
   for (const text of ["1", "2", "3"]) await ada.say(text);
   isFull = false;
   await ada.say("4");
-  await until(() => /^3 lines were dropped here\nMessage received: 4 from "Ada", 1 characters?\n$/.test(log));
+  await until(() => /^3 lines were dropped\nMessage received: 4 from "Ada", 1 characters?\n$/.test(log));
 });
 
 // ───────────────────────────────────────────────────── The log ─────────────────────────────────────────────────────
