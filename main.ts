@@ -1079,7 +1079,7 @@ if (import.meta.main) {
   let settings: Settings | undefined, chat: Chat | undefined;
   const end = async () => {
     await chat?.shutdown();
-    await withTimeout(GRACE, stdout.writing);
+    await withTimeout(GRACE, Promise.all([stdout.writing, stderr.writing]));
     Deno.exit();
   };
   addEventListener("unhandledrejection", (event) => (event.preventDefault(), report(event.reason))); // Deno's own too
