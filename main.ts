@@ -658,7 +658,7 @@ class Store {
   }
 
   /** Brings the log up to date with the database: at once, or if its head is not at this version, soon. */
-  async sync(version?: string | null): Promise<void> {
+  sync(version?: string | null): Promise<void> | undefined {
     if (version === this.#version) return;
     this.#isBehind = true;
     const working = this.working ??= this.#loop();
