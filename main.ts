@@ -307,8 +307,8 @@ class Room {
     if (this.#clients.size > 0) await withTimeout(GRACE, this.#emptied.promise);
     const leave = async () => {
       await this.#looking;
-      await this.presence.exchange().catch(() => wait(RETRY)); // the other instances are told
-      await this.presence.exchange().catch(() => {}); // else they presume this one dead, later
+      const tell = () => this.presence.exchange(); // else the other instances presume this one dead, later
+      await tell().catch(() => wait(RETRY).then(tell)).catch(() => {});
       await this.store.working;
       if (this.kv !== this.settings.db) this.kv.close();
     };
@@ -661,8 +661,8 @@ class Store {
   sync(version?: string | null): Promise<void> | undefined {
     if (version === this.#version) return;
     this.#isBehind = true;
-    const working = this.working ??= this.#loop();
-    if (version === undefined) await working;
+    this.working ??= this.#loop();
+    if (version === undefined) return this.working;
   }
 
   async #loop(): Promise<void> {
