@@ -30,7 +30,7 @@ export interface Chat extends AsyncDisposable {
 export async function startChat(options: ChatOptions = {}): Promise<Chat> {
   const settings = resolveSettings(options), { port, hostname, db, tlsCert, tlsKey } = settings;
   const [cert, key] = await Promise.all([tlsCert, tlsKey].map((path) => path && Deno.readTextFile(path)));
-  const servePage = pageServer(settings.title), requests = new Map<string, Bucket>();
+  const servePage = pageServer(settings.title), asking = new Map<string, Bucket>();
   let room: Room | undefined, listener: ReturnType<typeof listen> | undefined, ended: Promise<void> | undefined;
   const opening = (async () => { // until the log is read, only the page is served
     room = new Room(typeof db === "object" ? db : await Deno.openKv(db), settings);
@@ -39,7 +39,7 @@ export async function startChat(options: ChatOptions = {}): Promise<Chat> {
   const handler = async (request: Request, { remoteAddr }: Deno.ServeHandlerInfo) => {
     const forwarded = settings.trustProxy && request.headers.get("x-forwarded-for")?.replace(/^.*,/s, "").trim();
     const address = forwarded || ("hostname" in remoteAddr ? remoteAddr.hostname : undefined); // none on a Unix socket
-    const isRushed = settings.rateLimit > 0 && address && spendFor(address, requests, REQUESTS) > 0;
+    const isRushed = settings.rateLimit > 0 && address && spendFor(address, asking, REQUESTS) > 0;
     if (isRushed) return await wait(LATE).then(() => respond(429, "Too many requests", { "retry-after": "1" }));
     const [, pathname] = AUTHORITY_AND_PATH.exec(request.url) ?? [];
     if (!pathname) return respond(400, "Bad request");
@@ -126,7 +126,7 @@ function pageServer(title: string): (request: Request) => Promise<Response> {
   };
 }
 
-const RETRY = 50, AGAIN = 1000, REPORTED = 5; // ms before a retry, and before listening again; failures in a row before they are reported
+const AGAIN = 1000; // ms before listening again
 /** Listens, and again at the same address after accepting failed (out of file descriptors, say), until `end` is called. */
 function listen(options: Deno.ServeTcpOptions, handler: Deno.ServeHandler) {
   const onError = (error: unknown) => (report(error), respond(500, "Internal error"));
@@ -137,7 +137,7 @@ function listen(options: Deno.ServeTcpOptions, handler: Deno.ServeHandler) {
     for (let listening = finished;;) {
       await listening.catch(({ message }) => (stderr.print(`Connections cannot be accepted: ${message}`), wait(AGAIN)));
       if (ending.signal.aborted) return;
-      [ending, options] = [new AbortController(), { ...options, ...addr as { port: number } }]; // a signal keeps what waited for it
+      [ending, options] = [new AbortController(), { ...options, ...addr as { port: number } }]; // the old signal would keep all of them
       listening = Promise.try(serve).then(({ finished }) => finished);
     }
   })();
@@ -146,17 +146,18 @@ function listen(options: Deno.ServeTcpOptions, handler: Deno.ServeHandler) {
 
 // ──────────────────────────────────────────────────── The room ────────────────────────────────────────────────────
 const MAX_COPIES = 128 * 1024, MAX_FRAMES = 8000; // bytes sent before a turn of the event loop; frames of one message between two commits
-const TICK = 50, EXCHANGE_EVERY = 20, PAID_EVERY = 200; // ms between looks; looks until presence is exchanged; until a remote database is read, which is billed
-const DEADLINE = 10_000, GRACE = 380; // ms to complete a handshake, and to give the password; ms that a shutdown waits for each of the log, the clients, the database, the listener, and the terminal
+const TICK = 50, EXCHANGE_EVERY = 20, REMOTE_EVERY = 200; // ms between looks; looks until presence is exchanged; until a remote database is read, which is billed
+const DEADLINE = 10_000, GRACE = 380; // ms to complete a handshake, and to give the password; ms that a shutdown waits for each of the log, the clients, the database, the listener, and the terminal; also that a password may be late
 /** Everyone who is connected, and what they are sent. */
 class Room {
+  readonly id = crypto.randomUUID(); // of this instance, in the database
   readonly #clients = new Set<Client>();
   readonly #neighbours = new Map<string, Set<Client>>(); // those of each address
   readonly log: Log;
   readonly store: Store;
   readonly presence: Presence;
   readonly #requests = new Requests(this);
-  readonly #debts = new Map<string, Bucket>(); // of addresses whose clients left
+  readonly #debts = new Map<string, Bucket>(); // of addresses whose clients left, for each of the limits OWED
   readonly #emptied = Promise.withResolvers<void>(); // when the last client has gone, at the end
   #ticking?: ReturnType<typeof setInterval>;
   #copied = 0; // bytes sent since it last yielded
@@ -172,7 +173,7 @@ class Room {
   constructor(readonly kv: Deno.Kv, readonly settings: Settings) {
     this.log = new Log(settings.history);
     this.store = new Store(kv, this.log, this);
-    this.presence = new Presence(kv);
+    this.presence = new Presence(kv, this.id);
   }
 
   /** Reads the log, and keeps up with it from then on. Throws what the database throws. */
@@ -273,7 +274,7 @@ class Room {
 
   async #announce(): Promise<void> {
     this.hasNews = false;
-    const [roster, changes] = this.presence.news();
+    const [roster, changes] = this.presence.takeNews();
     await this.#broadcast((client) => {
       const frame = client.needsRoster ? roster : changes;
       if (!client.joined || !frame) return 0;
@@ -285,16 +286,16 @@ class Room {
 
   /** Sees what other instances wrote, and lets them see who is here. */
   async #look(): Promise<void> {
-    const { db } = this.settings, isPaid = db === undefined || typeof db === "string" && isUrl(db);
-    const isExchange = this.#looks++ % (isPaid ? PAID_EVERY : EXCHANGE_EVERY) === 0;
+    const { db } = this.settings, isRemote = db === undefined || typeof db === "string" && isUrl(db);
+    const isExchange = this.#looks++ % (isRemote ? REMOTE_EVERY : EXCHANGE_EVERY) === 0;
     const watch = async () => {
       for await (const [{ versionstamp }] of this.kv.watch([HEAD])) await this.store.sync(versionstamp);
     };
-    if (isPaid) this.#watching ??= watch().catch(() => wait(RETRY)).finally(() => this.#watching = undefined);
-    if (isPaid && !isExchange) return;
+    if (isRemote) this.#watching ??= watch().catch(() => wait(RETRY)).finally(() => this.#watching = undefined);
+    if (isRemote && !isExchange) return;
     await this.store.sync((await this.kv.get(HEAD)).versionstamp);
     if (isExchange) await this.presence.exchange().then(() => this.hasNews = true);
-    this.#lookAgain = performance.now() + (isPaid ? PAID_EVERY * TICK : 0);
+    this.#lookAgain = performance.now() + (isRemote ? REMOTE_EVERY * TICK : 0);
   }
 
   /** Writes what is pending, closes every socket with 1001, and closes the database unless that hangs. */
@@ -324,13 +325,13 @@ class Bucket {
   constructor(readonly rate: number, public fullAt = 0) {} // tokens a second
   copy = () => new Bucket(this.rate, this.fullAt);
 
-  wait(price = 1): number {
+  msUntil(price = 1): number {
     return Math.max(0, Math.ceil(Math.max(0, this.fullAt - performance.now()) + 1000 * price / this.rate - BURST));
   }
 
   /** Takes `price` tokens and returns 0, or returns the milliseconds until there are that many. */
   spend(price = 1): number {
-    const wait = this.wait(price);
+    const wait = this.msUntil(price);
     if (wait === 0) this.fullAt = Math.max(this.fullAt, performance.now()) + 1000 * price / this.rate;
     return wait;
   }
@@ -355,12 +356,12 @@ function spendFor(address: string, buckets: Map<string, Bucket>, rate: number): 
 
 /** A connection: its socket, its place in the log, and what it may still ask for. */
 class Client {
-  /** The number of the last message sent. Infinity while it may not read: without the password, or once closed. */
+  /** The number of the last message sent, or START. Infinity while it may not read: without the password, or once closed. */
   place = Infinity;
   joined = false; // then a frame to it may hold several events, one a line
   username?: string; // that it joined with
   tag?: string; // derived from its key, shown with its messages
-  readonly frames = new Set<{ frame: string | ArrayBuffer }>(); // that arrived: the first is being handled, the others wait
+  readonly arrived = new Set<{ frame: string | ArrayBuffer }>(); // the first of these frames is being handled, the others wait
   done?: Promise<void>; // when all of them are handled
   readonly wanted: number[] = []; // before which messages it asked for history
   needsRoster = false; // it has to be told who is here, not only what changed
@@ -377,7 +378,7 @@ class Client {
   readonly fail = (error: unknown) => (report(error), this.close(1011, "internal error"));
   constructor(readonly room: Room, readonly socket: WebSocket, readonly address: string | undefined) {}
 
-  /** Sends what it asked for and the messages after its place, as long as it reads. Returns at least the bytes sent. */
+  /** Sends what it asked for and the messages after its place, as long as it reads. Returns about how many bytes it sent. */
   feed(): number {
     const { log } = this.room, isReady = () => sent < MAX_COPIES && !this.isBackedUp();
     let sent = 0;
@@ -437,10 +438,10 @@ class Client {
 }
 
 // ───────────────────────────────────────────── What a client may ask for ─────────────────────────────────────────────
-const RATES = { join: 2, history: 5, typing: 2, ping: 2, error: 20 }, OWED = ["send_message", "error"] as const; // a second, besides messages and frames; what is still owed after coming back
+const RATES = { join: 2, history: 5, typing: 2, ping: 2, error: 20 }, OWED = ["send_message", "error"] as const; // a second, besides messages and frames; those that coming back does not reset
 const MAX_FRAME = 64 * 1024, PAGE = 200, SYNC = 1000; // bytes of a frame from a client, far over every limit; messages that a join, or a request for history, is answered with; ms that it waits if `since` is newer than this log
 const SLICE = 2, MAX_WAITING = 1000; // ms of a turn after which a client gets no second frame in it; frames that wait from which it does: they must not come faster than they go; requests for history that may wait
-type Limit = "frame" | Incoming["event"]; // a frame is paid for before it is parsed, its event before what it says is checked
+type Limit = "frame" | Incoming["event"]; // a frame is paid for before it is parsed, its event before most of what it says is checked
 /** Handles what clients ask for, rate-limited per client. */
 class Requests {
   readonly #salt = crypto.randomUUID(); // so that the time of a comparison tells nothing about the password
@@ -455,21 +456,21 @@ class Requests {
     const isBig = size > MAX_FRAME || 3 * size > MAX_FRAME && isText(frame) && ENCODER.encode(frame).length > MAX_FRAME;
     if (isBig) return client.close(1009, `a frame may have ${MAX_FRAME} bytes`);
     if (!this.#pay(client, "frame", undefined, 1 + size / 1024)) return;
-    if (client.frames.add({ frame }).size === 1) client.done = this.#serve(client);
+    if (client.arrived.add({ frame }).size === 1) client.done = this.#serve(client);
   }
 
   /** Handles the frames of a client: in a turn of the event loop as many as there is time for, or one. */
   async #serve(client: Client): Promise<void> {
-    for (const arrived of client.frames) {
+    for (const item of client.arrived) {
       try {
-        const incoming = !client.isClosed && check(arrived.frame, (event, id) => this.#pay(client, event, id));
+        const incoming = !client.isClosed && check(item.frame, (event, id) => this.#pay(client, event, id));
         if (incoming) await this.#dispatch(client, incoming);
       } catch (error) {
         client.fail(error);
       }
-      const isOver = performance.now() - this.#begun > SLICE && client.frames.size < MAX_WAITING;
+      const isOver = performance.now() - this.#begun > SLICE && client.arrived.size < MAX_WAITING;
       if (isOver) await (this.#turn ??= turn().then(() => [this.#begun, this.#turn] = [performance.now(), undefined]));
-      client.frames.delete(arrived);
+      client.arrived.delete(item);
     }
   }
 
@@ -524,7 +525,7 @@ class Requests {
     if (key) client.tag = (await sha256(key)).toBase64({ alphabet: "base64url" }).slice(0, 12);
     if (since !== undefined && since > log.head) await withTimeout(SYNC, store.sync()); // it was on another instance
     if (client.isClosed) return;
-    const { head, oldest } = log, isKnown = since !== undefined && log.has(since, time);
+    const { head, oldest } = log, isKnown = since !== undefined && log.knows(since, time);
     const resumed = isKnown && since >= oldest - 1;
     if (client.joined) presence.count(client.username, -1);
     presence.count(username, 1);
@@ -539,7 +540,7 @@ class Requests {
     const { address = "" } = client, hash = async (text: string) => (await sha256(this.#salt + text)).toBase64();
     if (join.password === undefined) return client.close(1008, "this room has a password");
     const isRight = await hash(join.password) === await hash(this.room.settings.password);
-    if (this.#guesses.get(address)?.wait()) return client.close(1013, "too many wrong passwords", LATE);
+    if (this.#guesses.get(address)?.msUntil()) return client.close(1013, "too many wrong passwords", LATE);
     if (isRight) return await this.#admit(client, join);
     client.close(1008, "wrong password", LATE);
     if (address) spendFor(address, this.#guesses, GUESSES);
@@ -581,7 +582,7 @@ class Log {
   }
 
   /** Reports whether this log has message `seq` with this time, or may have deleted it. */
-  has(seq: number, time?: number): boolean {
+  knows(seq: number, time?: number): boolean {
     if (seq > this.head || seq === 0 || time === undefined) return seq <= this.head;
     const line = this.line(Math.max(seq, this.oldest)), known = line ? JSON.parse(line).time : Infinity;
     return seq < this.oldest ? time <= known : time === known;
@@ -609,6 +610,7 @@ const ROSTERS = ["chat", "here"]; // [...ROSTERS, instance] → { online, users 
 const LAYOUT = 1, MAX_VALUE = 64 * 1024; // version of these keys and values; bytes of one value, and so of one entry
 const MAX_DELETES = 500, MAX_ENTRIES = 20_000, MAX_WRITERS = 16; // entries that one commit deletes; that are remembered where others delete too; instances in a head
 const MAX_QUEUE = 8000, MESSAGE_COST = 200, CROWD = 200, NEW = 1000; // messages that wait for the next commit; characters that each counts besides its own; messages in the queue that let no new client in; ms for which it is new
+const RETRY = 50, REPORTED = 5; // ms before what failed is tried again; failures in a row before they are reported
 const GATHER = 50, SHARE = 100, HANGS = 5000; // ms at most that arriving messages are waited for; ms at most that an instance leaves the database to the others after a commit; ms until the database is said not to respond
 /**
  * The log in Deno KV: what is accepted is written there, and what other instances write is read from there.
@@ -618,7 +620,6 @@ const GATHER = 50, SHARE = 100, HANGS = 5000; // ms at most that arriving messag
 class Store {
   isClosed = false; // nothing more is started
   working?: Promise<void>; // pending while there is anything to read or to write
-  readonly #id = crypto.randomUUID();
   readonly #buffer = new Uint8Array(MAX_VALUE);
   #writers: string[] = [];
   #version: string | null = ""; // the versionstamp of the head: null if there is none, and the empty string until it is read
@@ -692,9 +693,9 @@ class Store {
     const text = this.#uncertain ?? this.#nextEntry(Date.now()), lines = text.split("\n");
     const first = this.log.head + 1, last = this.log.head + lines.length, expired = this.#expired(last);
     const { written: bytes } = ENCODER.encodeInto(text, this.#buffer);
-    const others = this.#writers.filter((writer) => !writer.startsWith(this.#id)).slice(-MAX_WRITERS);
+    const others = this.#writers.filter((writer) => !writer.startsWith(this.room.id)).slice(-MAX_WRITERS);
     const commit = this.kv.atomic().check({ key: HEAD, versionstamp: this.#version });
-    const head: Head = { layout: LAYOUT, last, writers: [...others, `${this.#id} ${first}`] };
+    const head: Head = { layout: LAYOUT, last, writers: [...others, `${this.room.id} ${first}`] };
     commit.set(HEAD, head).set([...LOG, first], this.#buffer.subarray(0, bytes));
     for (const entry of expired) commit.delete([...LOG, entry]);
     this.#due = this.#queue[lines.length - 1].due;
@@ -730,7 +731,7 @@ class Store {
     const { layout, last, writers = [] } = value ?? { layout: LAYOUT, last: 0 };
     if (layout !== LAYOUT || !isWhole(last)) throw new Error(`the database has layout ${layout}, not ${LAYOUT}`);
     if (versionstamp === this.#version) return;
-    const isWritten = this.#uncertain && writers.includes(`${this.#id} ${this.log.head + 1}`); // though the commit threw
+    const isWritten = this.#uncertain && writers.includes(`${this.room.id} ${this.log.head + 1}`); // though the commit threw
     const accepted = isWritten ? this.#queue.splice(0, this.#uncertain!.split("\n").length) : [];
     this.#uncertain = undefined; // else it never will be
     for (const { id = "" } of accepted) this.log.ids.delete(id);
@@ -789,7 +790,6 @@ type Roster = { online: number; users: string[]; version: string; at: number };
 /** Who is here, on this instance and on the others, and who is typing on this one. */
 class Presence {
   readonly typing = new Set<string>(); // since that was last told
-  readonly #id = crypto.randomUUID();
   #online = 0; // connections that joined, on this instance
   readonly #users = new Map<string, number>(); // how many of them each name has
   others = new Map<string, Roster>(); // the other instances
@@ -797,7 +797,7 @@ class Presence {
   #changes = 0; // how often someone joined or left
   #published = 0; // `#changes` when the roster was last written
   #writtenAt = -Infinity;
-  constructor(readonly kv: Deno.Kv) {}
+  constructor(readonly kv: Deno.Kv, readonly id: string) {}
 
   /** A connection joined, or left if `by` is -1. */
   count(username: string | undefined, by: 1 | -1): void {
@@ -810,7 +810,7 @@ class Presence {
   }
 
   /** The frame for new clients and the frame for the rest, empty if nothing changed. Resets the changes. */
-  news(): [roster: string, changes: string] {
+  takeNews(): [roster: string, changes: string] {
     const told = this.#told, others = [...this.others.values()];
     const users = new Set([...this.#users.keys(), ...others.flatMap(({ users }) => users)]);
     const online = others.reduce((sum, { online }) => sum + online, this.#online);
@@ -828,12 +828,12 @@ class Presence {
 
   /** Reads who is on the other instances, and lets them read who is on this one. Throws what the database throws. */
   async exchange(): Promise<void> {
-    const now = performance.now(), others = new Map<string, Roster>(), own = [...ROSTERS, this.#id];
+    const now = performance.now(), others = new Map<string, Roster>(), own = [...ROSTERS, this.id];
     for await (const { key, value, versionstamp: version } of this.kv.list<Roster>({ prefix: ROSTERS })) {
       if (!isWhole(value?.online) || !Array.isArray(value.users) || !value.users.every(isText)) continue;
       const id = String(key.at(-1)), known = this.others.get(id), at = known?.version === version ? known.at : now;
       if (now - at > PRESUMED_DEAD) await this.kv.atomic().check({ key, versionstamp: version }).delete(key).commit();
-      else if (id !== this.#id) others.set(id, { ...value, version, at });
+      else if (id !== this.id) others.set(id, { ...value, version, at });
     }
     this.others = others;
     const changes = this.#changes, isStale = changes > this.#published;
