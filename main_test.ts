@@ -4113,6 +4113,9 @@ pageTest("tells apart those whose names look the same", async ({ chat, run, ente
     ["Marc", "Mar\u03f2"],
     ["\u041f\u0430\u0432\u0435\u043b", "\u03a0\u0430\u0432\u0435\u043b"],
     ["Hugo", "\u04bau\u0261\u1d0f"],
+    ["\u0413\u0440\u0438\u043c\u0442\u0432", "\u0393\u0440\u0438\u1d0d\u1d1b\u0299"],
+    ["\u0410\u043d\u044f", "\u0410\u029c\u044f"],
+    ["Jean-Luc O'Neil", "Jean\u2010Luc O\u2019Neil", "Jean\u2010Luc O\u02bcNeil"],
   ];
   const names = [
     ...alike.flat(),
