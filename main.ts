@@ -157,7 +157,7 @@ class Room {
   readonly store: Store;
   readonly presence: Presence;
   readonly #requests = new Requests(this);
-  readonly #debts = new Map<string, Bucket>(); // of addresses whose clients left, for each of the limits OWED
+  readonly #debts = new Map<string, Bucket>(); // for messages, of addresses whose clients left
   readonly #emptied = Promise.withResolvers<void>(); // when the last client has gone, at the end
   #ticking?: ReturnType<typeof setInterval>;
   #copied = 0; // bytes sent since it last yielded
@@ -197,7 +197,8 @@ class Room {
   /** Adds a socket. Once it is open it gets every message, unless the room has a password. */
   add(socket: WebSocket, address: string | undefined): void {
     const client = new Client(this, socket, address), deadline = Math.min(DEADLINE, 1000 * this.settings.idleTimeout);
-    for (const limit of OWED) client.buckets[limit] = this.#debts.get(limit + address)?.copy();
+    const debt = this.#debts.get(address ?? ""); // who comes back does not begin anew
+    if (debt) client.buckets.send_message = new Bucket(debt.rate, debt.fullAt);
     this.#count(client, true); // from the handshake on
     client.timer = setTimeout(() => this.#count(client, false), deadline); // a handshake that died has no event
     socket.onopen = () => {
@@ -213,10 +214,8 @@ class Room {
       await client.done; // what it sent before
       client.close(1000, "");
       this.#count(client, false); // until then it counts: a peer that does not answer is not gone
-      for (const limit of OWED) {
-        const debt = client.buckets[limit], { fullAt = 0 } = this.#debts.get(limit + address) ?? {};
-        if (address && debt && debt.fullAt > fullAt) put(this.#debts, [[limit + address, debt]], isRefilled);
-      }
+      const { send_message: debt } = client.buckets, { fullAt = 0 } = this.#debts.get(address ?? "") ?? {};
+      if (address && debt && debt.fullAt > fullAt) put(this.#debts, [[address, debt]], isRefilled);
       if (this.isClosed && this.#clients.size === 0) this.#emptied.resolve();
     };
   }
@@ -323,7 +322,6 @@ const STALL = 30_000, BURST = 5000; // ms without progress until such a client i
 /** A token bucket. Its only state is the time at which it is full again, in ms since the process began. */
 class Bucket {
   constructor(readonly rate: number, public fullAt = 0) {} // tokens a second
-  copy = () => new Bucket(this.rate, this.fullAt);
 
   msUntil(price = 1): number {
     return Math.max(0, Math.ceil(Math.max(0, this.fullAt - performance.now()) + 1000 * price / this.rate - BURST));
@@ -438,7 +436,7 @@ class Client {
 }
 
 // ───────────────────────────────────────────── What a client may ask for ─────────────────────────────────────────────
-const RATES = { join: 2, history: 5, typing: 2, ping: 2, error: 20 }, OWED = ["send_message", "error"] as const; // a second, besides messages and frames; those that coming back does not reset
+const RATES = { join: 2, history: 5, typing: 2, ping: 2, error: 20 }; // a second, besides messages and frames
 const MAX_FRAME = 64 * 1024, PAGE = 200, SYNC = 1000; // bytes of a frame from a client, far over every limit; messages that a join, or a request for history, is answered with; ms that it waits if `since` is newer than this log
 const SLICE = 2, MAX_WAITING = 1000; // ms of a turn after which a client gets no second frame in it; frames that wait from which it does: they must not come faster than they go; requests for history that may wait
 type Limit = "frame" | Incoming["event"]; // a frame is paid for before it is parsed, its event before most of what it says is checked

@@ -2365,17 +2365,15 @@ test("pings, joins, typing and history are limited too", async () => {
   }
 });
 
-test("a client that ignores the errors is closed, and sooner when it comes back", async () => {
+test("a client that ignores the errors is closed", async () => {
   await using chat = await start({ rateLimit: 20 });
-  for (const most of [1000, 50]) {
-    await using eve = await Client.open(chat);
-    for (let errors = 0; !eve.closed; errors++) {
-      assert(errors < most, `it was told of ${errors} errors`);
-      eve.send("nonsense");
-      await eve.until(() => eve.closed || eve.events.length > errors);
-    }
-    assertEquals(eve.closed.code, 1013);
+  await using eve = await Client.open(chat);
+  for (let errors = 0; !eve.closed; errors++) {
+    assert(errors < 1000, "it was never closed");
+    eve.send("nonsense");
+    await eve.until(() => eve.closed || eve.events.length > errors);
   }
+  assertEquals(eve.closed.code, 1013);
 });
 
 test("frames that cost much are paid for before they are read, and nobody waits for them", async () => {
