@@ -93,10 +93,8 @@ function isAllowed({ headers }: Request, { allowedOrigins, tlsCert, trustProxy }
 function pageServer(title: string): (request: Request) => Promise<Response> {
   const name = title.replace(/[&<>]/g, (char) => ({ "&": "&amp;", "<": "&lt;", ">": "&gt;" })[char]!);
   const html = page.replaceAll(">Chat<", () => `>${name}<`);
-  const hash = async (tag: string) => {
-    const content = html.match(new RegExp(`<${tag}[^>]*>([^]*?)</${tag}>`))?.[1] ?? "";
-    return `${tag}-src 'sha256-${(await sha256(content)).toBase64()}'; `;
-  };
+  const contentOf = (tag: string) => html.match(new RegExp(`<${tag}[^>]*>([^]*?)</${tag}>`))?.[1] ?? "";
+  const hash = async (tag: string) => `${tag}-src 'sha256-${(await sha256(contentOf(tag))).toBase64()}'; `;
   const make = async (coding?: "br" | "gzip") => {
     const [zlib, { promisify }] = await Promise.all([import("node:zlib"), import("node:util")]);
     const compress = coding && promisify<string, Uint8Array>(zlib[coding === "br" ? "brotliCompress" : coding]);
