@@ -305,8 +305,7 @@ class Room {
     if (this.#clients.size > 0) await withTimeout(GRACE, this.#emptied.promise);
     const leave = async () => {
       await this.#looking;
-      const tell = () => this.presence.exchange(); // else the other instances presume this one dead, later
-      await tell().catch(() => wait(RETRY).then(tell)).catch(() => {});
+      await this.presence.exchange().catch(() => wait(RETRY).then(() => this.presence.exchange())).catch(() => {}); // else the others presume this one dead, later
       await this.store.working;
       if (this.kv !== this.settings.db) this.kv.close();
     };
@@ -519,7 +518,7 @@ class Requests {
   async #admit(client: Client, { username, since, time, key }: Join): Promise<void> {
     const { log, presence, store } = this.room;
     if (key) client.tag = (await sha256(key)).toBase64({ alphabet: "base64url" }).slice(0, 12);
-    if (since !== undefined && since > log.head) await withTimeout(SYNC, store.sync()); // it was on another instance
+    if ((since ?? 0) > log.head && client.socket.readyState === WebSocket.OPEN) await withTimeout(SYNC, store.sync()); // it was on another instance
     if (client.isClosed) return;
     const { head, oldest } = log, isKnown = since !== undefined && log.knows(since, time);
     const resumed = isKnown && since >= oldest - 1;
@@ -624,6 +623,7 @@ class Store {
   #due = 0; // that of the last message taken from the queue
   #uncertain?: string; // the entry of a commit that threw, and may have been written all the same
   #isBehind = true; // another instance has written, or may have
+  #pulled = Promise.withResolvers<void>(); // once what that was has been read
   #workedAt = 0; // when it last did what it had to, in ms since the process began
   #failures = 0; // in a row: two processes on one file may lock each other out for a moment
   #failure?: string = OPENING; // why messages cannot be written
@@ -658,15 +658,19 @@ class Store {
   sync(version?: string | null): Promise<void> | undefined {
     if (version === this.#version) return;
     this.#isBehind = true;
+    const { promise } = this.#pulled;
     this.working ??= this.#loop();
-    if (version === undefined) return this.working;
+    if (version === undefined) return promise;
   }
 
   async #loop(): Promise<void> {
     this.#workedAt = performance.now();
     while (!this.isClosed && (this.#isBehind || this.#queue.length > 0)) {
+      const { resolve } = this.#pulled;
+      this.#pulled = Promise.withResolvers();
       try {
         if (this.#isBehind) await this.#pull(); // then a commit in any case: reading may never end
+        resolve();
         if (this.#queue.length > 0 && !await this.#commit()) continue;
         this.#workedAt = performance.now();
         if (this.#failures >= REPORTED) stderr.print("The database works again");

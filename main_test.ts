@@ -1530,6 +1530,55 @@ test("who said nothing lately is ahead of what others say, also with a long mess
   for (const client of crowd) await client[Symbol.asyncDispose]();
 });
 
+test("who goes is gone at once, whatever it still waits for", async () => {
+  using kv = await Deno.openKv(":memory:");
+  const { db, works } = held(kv);
+  await using chat = await start({ db });
+  await using ada = await Client.open(chat, { username: "Ada" });
+  ada.send({ username: "Ada", message: "is not written yet" });
+  const eve = await Client.open(chat, { username: "Eve" });
+  for (let i = 0; i < 100; i++) eve.send({ event: "join", since: 1_000_000 }); // each may wait a second
+  await ada.has(({ online }) => online === 2);
+  const leaving = ada.next(({ online }) => online === 1);
+  await eve[Symbol.asyncDispose]();
+  await leaving;
+  works.resolve();
+});
+
+test("a join that asks for what is to come waits for one look at the database, not until nobody writes", async () => {
+  using kv = await Deno.openKv(":memory:");
+  const waiting: (() => void)[] = [];
+  let isHeld = true, isIn = false;
+  const db = unreliable(kv, async (call, name) => {
+    if (isHeld && name === "commit") await new Promise<void>((resolve) => waiting.push(resolve));
+    return await call();
+  });
+  await using chat = await start({ db });
+  await using ada = await Client.open(chat, { username: "Ada" });
+  await using eve = await Client.open(chat);
+  const { setTimeout } = globalThis; // a join that has waited for a second is answered anyway
+  using _endless = patch(
+    globalThis,
+    "setTimeout",
+    ((work: () => void, ms: number) => {
+      if (ms !== 1000) return setTimeout(work, ms);
+    }) as typeof setTimeout,
+  );
+  ada.send({ username: "Ada", message: "first" });
+  await until(() => waiting.length > 0);
+  const joined = eve.ask({ event: "join", since: 1_000_000 }, is("joined")).then(() => isIn = true);
+  for (let i = 0; i < 50 && !isIn; i++) {
+    ada.send({ username: "Ada", message: "next" });
+    await ada.ask({ event: "ping" }, is("pong")); // now it is queued
+    waiting.shift()!();
+    await until(() => waiting.length > 0);
+  }
+  assert(isIn, "50 commits were not enough");
+  isHeld = false;
+  waiting.shift()!();
+  await joined;
+});
+
 test("who sends again through another connection is answered there", async () => {
   using kv = await Deno.openKv(":memory:");
   const { db, works } = held(kv);
