@@ -604,7 +604,7 @@ const LOG = ["chat", "log"]; // [...LOG, first] → an entry: its lines, joined,
 const ROSTERS = ["chat", "here"]; // [...ROSTERS, instance] → { online, users }
 const LAYOUT = 1, MAX_VALUE = 64 * 1024; // version of these keys and values; bytes of one value, and so of one entry
 const MAX_DELETES = 500, MAX_ENTRIES = 20_000, MAX_WRITERS = 16; // entries that one commit deletes; that are remembered where others delete too; instances in a head
-const MAX_QUEUE = 8000, MESSAGE_COST = 200, CROWD = 200, NEW = 1000; // messages that wait for the next commit; characters that each counts besides its own; messages in the queue that let no new client in; ms for which it is new
+const MAX_QUEUE = 8000, MESSAGE_COST = 1000, CROWD = 200, NEW = 1000; // messages that wait for the next commit; characters that each counts besides its own; messages in the queue that let no new client in; ms for which it is new
 const RETRY = 50, REPORTED = 5; // ms before what failed is tried again; failures in a row before they are reported
 const GATHER = 50, SHARE = 100, HANGS = 5000; // ms at most that arriving messages are waited for; ms at most that an instance leaves the database to the others after a commit; ms until the database is said not to respond
 /**
