@@ -30,7 +30,7 @@ export interface Chat extends AsyncDisposable {
 export async function startChat(options: ChatOptions = {}): Promise<Chat> {
   const settings = resolveSettings(options), { port, hostname, db, tlsCert, tlsKey } = settings;
   const [cert, key] = await Promise.all([tlsCert, tlsKey].map((path) => path && Deno.readTextFile(path)));
-  const servePage = pageServer(settings.title), asking = new Map<string, Bucket>();
+  const servePage = pageServer(settings.title), httpBuckets = new Map<string, Bucket>();
   let room: Room | undefined, listener: ReturnType<typeof listen> | undefined, ended: Promise<void> | undefined;
   const opening = (async () => { // until the log is read, only the page is served
     room = new Room(typeof db === "object" ? db : await Deno.openKv(db), settings);
@@ -39,7 +39,7 @@ export async function startChat(options: ChatOptions = {}): Promise<Chat> {
   const handler = async (request: Request, { remoteAddr }: Deno.ServeHandlerInfo) => {
     const forwarded = settings.trustProxy && request.headers.get("x-forwarded-for")?.replace(/^.*,/s, "").trim();
     const address = forwarded || ("hostname" in remoteAddr ? remoteAddr.hostname : undefined); // none on a Unix socket
-    const isRushed = settings.rateLimit > 0 && address && spendFor(address, asking, REQUESTS) > 0;
+    const isRushed = settings.rateLimit > 0 && address && spendFor(address, httpBuckets, REQUESTS) > 0;
     if (isRushed) return await wait(LATE).then(() => respond(429, "Too many requests", { "retry-after": "1" }));
     const [, pathname] = AUTHORITY_AND_PATH.exec(request.url) ?? [];
     if (!pathname) return respond(400, "Bad request");
