@@ -518,7 +518,7 @@ class Requests {
   async #admit(client: Client, { username, since, time, key }: Join): Promise<void> {
     const { log, presence, store } = this.room;
     if (key) client.tag = (await sha256(key)).toBase64({ alphabet: "base64url" }).slice(0, 12);
-    if ((since ?? 0) > log.head && client.socket.readyState === WebSocket.OPEN) await withTimeout(SYNC, store.sync()); // it was on another instance
+    if ((since ?? 0) > log.head && client.arrived.size < 2) await withTimeout(SYNC, store.sync()); // it was on another instance, and what it sends meanwhile waits
     if (client.isClosed) return;
     const { head, oldest } = log, isKnown = since !== undefined && log.knows(since, time);
     const resumed = isKnown && since >= oldest - 1;

@@ -1562,6 +1562,17 @@ test("who goes is gone at once, whatever it still waits for", async () => {
   works.resolve();
 });
 
+test("a join that waits for the database does not keep what is sent after it waiting", async () => {
+  using kv = await Deno.openKv(":memory:");
+  const { db, works } = held(kv);
+  await using chat = await start({ db });
+  await using ada = await Client.open(chat, { username: "Ada" });
+  ada.send({ username: "Ada", message: "is not written yet" });
+  for (let i = 0; i < 100; i++) ada.send({ event: "join", since: 1_000_000 });
+  await ada.ask({ event: "ping" }, is("pong"));
+  works.resolve();
+});
+
 test("a join that asks for what is to come waits for one look at the database, not until nobody writes", async () => {
   using kv = await Deno.openKv(":memory:");
   const waiting: (() => void)[] = [];
