@@ -3546,7 +3546,7 @@ pageTest("shows of a link where it leads", async ({ run, guest, enter, until }) 
   const reversed = (text: string) => [...text].reverse().join("");
   await eve.say(
     `\u202ehttps://evil.example/${reversed("https://www.bank.example/")}`,
-    "https://www.bank.example@evil.example/ https:///bank.example@evil.example/ https://\u0430.example/ https://bank.example\u2215.evil.example/",
+    "https://www.bank.example@evil.example/ https:///bank.example@evil.example/ https://\\/bank.example@evil.example/ https://\u0430.example/ https://bank.example\u2215.evil.example/",
     "https://a.example/@b\u00e9",
   );
   await until(({ texts }) => texts.length === 3);
