@@ -737,7 +737,7 @@ class Store {
     for (const { id = "" } of accepted) this.log.ids.delete(id);
     await this.room.written(accepted, this.log.head);
     if (last < this.log.head) { // the room was emptied
-      this.#entries = [];
+      [this.#entries, this.#version] = [[], ""]; // what was known of the head says nothing about this log
       this.log.restart(0);
       await this.room.written([], 0);
     }

@@ -1229,6 +1229,35 @@ function held(kv: Deno.Kv): { db: Deno.Kv; works: PromiseWithResolvers<void> } {
   return { db, works };
 }
 
+test("a database that once seems to be empty, and then breaks off, is not written over", async () => {
+  using kv = await Deno.openKv(":memory:");
+  let lies = 0, breaks = 0;
+  const db = unreliable(kv, async <T>(call: () => Promise<T>, name: string) => {
+    const isLie = name === "get" && lies-- > 0;
+    return isLie ? { key: [], value: null, versionstamp: null } as T : await call();
+  });
+  const { list } = kv;
+  using _broken = patch(
+    kv,
+    "list",
+    (async function* (...args: Parameters<typeof list>) {
+      let read = 0;
+      for await (const entry of list.apply(kv, args)) {
+        if (read++ === 2 && breaks-- > 0) throw new Error("disk I/O error");
+        yield entry;
+      }
+    }) as unknown as typeof list,
+  );
+  await using chat = await start({ db });
+  await using ada = await Client.open(chat, { username: "Ada" });
+  for (const message of numbered(5)) await ada.say(message);
+  [lies, breaks] = [2, 1]; // for the look, and for what follows
+  await until(() => breaks < 1);
+  await using grace = await Client.open(chat, { username: "Grace" });
+  assertEquals((await grace.say("one more")).seq, 6);
+  assertEquals(texts(await everything(chat)), [...numbered(5), "one more"]);
+});
+
 test("a server that is killed again and again loses nothing and doubles nothing", async () => {
   await using file = await temporary();
   const env = { CHAT_DB: file.db, PORT: `${freePort()}` };
