@@ -30,7 +30,7 @@ export interface Chat extends AsyncDisposable {
 export async function startChat(options: ChatOptions = {}): Promise<Chat> {
   const settings = resolveSettings(options), { port, hostname, db, tlsCert, tlsKey } = settings;
   const [cert, key] = await Promise.all([tlsCert, tlsKey].map((path) => path && Deno.readTextFile(path)));
-  const servePage = pageServer(settings.title), httpBuckets = new Map<string, Bucket>();
+  const servePage = pageServer(settings.title), httpBuckets = new Map<string, Bucket>(), held = new Set<Request>();
   let room: Room | undefined, listener: ReturnType<typeof listen> | undefined, ended: Promise<void> | undefined;
   const opening = (async () => { // until the log is read, only the page is served
     room = new Room(typeof db === "object" ? db : await Deno.openKv(db), settings);
@@ -40,7 +40,8 @@ export async function startChat(options: ChatOptions = {}): Promise<Chat> {
     const forwarded = settings.trustProxy && request.headers.get("x-forwarded-for")?.replace(/^.*,/s, "").trim();
     const address = forwarded || ("hostname" in remoteAddr ? remoteAddr.hostname : undefined); // none on a Unix socket
     const isRushed = settings.rateLimit > 0 && address && spendFor(address, httpBuckets, REQUESTS) > 0;
-    if (isRushed) return await wait(LATE).then(() => respond(429, "Too many requests", { "retry-after": "1" }));
+    if (isRushed && held.size < MAX_HELD) (held.add(request), await wait(LATE), held.delete(request));
+    if (isRushed) return respond(429, "Too many requests", { "retry-after": "1" });
     const [, pathname] = AUTHORITY_AND_PATH.exec(request.url) ?? [];
     if (!pathname) return respond(400, "Bad request");
     const isSocket = /^websocket$/i.test(request.headers.get("upgrade") ?? "");
@@ -65,7 +66,7 @@ export async function startChat(options: ChatOptions = {}): Promise<Chat> {
 }
 
 const OPENING = "The room is opening";
-const REQUESTS = 100, GUESSES = 1, LATE = 1000; // HTTP requests, and wrong passwords, a second and address; ms until more are refused
+const REQUESTS = 100, GUESSES = 1, LATE = 1000, MAX_HELD = 1000; // HTTP requests, and wrong passwords, a second and address; ms until more are refused; requests that wait for that, since each takes 20 KB
 const AUTHORITY_AND_PATH = /^[a-z+]+:\/\/[\w.:%[\]-]{0,300}(\/[^?#]*)/; // the platform's parser may take long for a host
 const respond = (status: number, body: string, headers?: HeadersInit) => new Response(`${body}\n`, { status, headers });
 function upgrade(request: Request, address: string | undefined, room: Room): Response {
@@ -135,7 +136,7 @@ function listen(options: Deno.ServeTcpOptions, handler: Deno.ServeHandler) {
     for (let listening = finished;;) {
       await listening.catch(({ message }) => (stderr.print(`Connections cannot be accepted: ${message}`), wait(AGAIN)));
       if (ending.signal.aborted) return;
-      [ending, options] = [new AbortController(), { ...options, ...addr as { port: number } }]; // the old signal would keep all of them
+      [ending, options] = [new AbortController(), { ...options, ...addr as { port: number } }]; // a signal keeps what once waited for it
       listening = Promise.try(serve).then(({ finished }) => finished);
     }
   })();
@@ -319,7 +320,6 @@ const STALL = 30_000, BURST = 5000; // ms without progress until such a client i
 /** A token bucket. Its only state is the time at which it is full again, in ms since the process began. */
 class Bucket {
   constructor(readonly rate: number, public fullAt = 0) {} // tokens a second
-
   msUntil(price = 1): number {
     return Math.max(0, Math.ceil(Math.max(0, this.fullAt - performance.now()) + 1000 * price / this.rate - BURST));
   }

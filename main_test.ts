@@ -2471,6 +2471,36 @@ test("pings, joins, typing and history are limited too", async () => {
   }
 });
 
+test("requests over the limit are held, but not more than a thousand at a time", async () => {
+  await using chat = await start({ rateLimit: 20 });
+  const { setTimeout } = globalThis, { port } = chat.addr;
+  using _endless = patch(
+    globalThis,
+    "setTimeout",
+    ((work: () => void, ms: number) => {
+      if (ms !== 1000) return setTimeout(work, ms);
+    }) as typeof setTimeout,
+  );
+  // GET / over HTTP/2, as its default table of headers has it, in one connection after the other.
+  const preface = encoder.encode("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"), settings = [0, 0, 0, 4, 0, 0, 0, 0, 0];
+  const ask = (stream: number) => [0, 0, 6, 1, 5, 0, 0, stream >> 8, stream & 255, 0x82, 0x86, 0x84, 0x41, 1, 97];
+  const conns = await Promise.all(count(1, 10).map(() => Deno.connect({ port })));
+  const frames = new Uint8Array([...preface, ...settings, ...count(0, 150).flatMap((i) => ask(2 * i + 1))]);
+  for (const conn of conns) await conn.write(frames);
+  const fetching = new AbortController();
+  let isRefused = false;
+  const look = async () => {
+    const { status, body } = await fetch(`http://127.0.0.1:${port}/healthz`, fetching);
+    await body?.cancel();
+    isRefused ||= status === 429;
+  };
+  await until(() => {
+    for (let i = 0; i < 10; i++) look().catch(() => {}); // more than are let in again
+    return isRefused;
+  }).finally(() => fetching.abort());
+  for (const conn of conns) conn.close();
+});
+
 test("a client that ignores the errors is closed", async () => {
   await using chat = await start({ rateLimit: 20 });
   await using eve = await Client.open(chat);
