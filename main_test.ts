@@ -2473,6 +2473,17 @@ test("pings, joins, typing and history are limited too", async () => {
 
 test("requests over the limit are held, but not more than a thousand at a time", async () => {
   await using chat = await start({ rateLimit: 20 });
+test("a frame is paid for by its size, before it is read", async () => {
+  await using chat = await start({ rateLimit: 20 });
+  await using eve = await Client.open(chat);
+  const padding = "x".repeat(10_000); // as much as ten short frames
+  for (const id of count(1, 90).map(String)) eve.send({ username: "Eve", message: id, id, padding });
+  await eve.until(() => eve.messages().length + eve.events.filter(is("error")).length === 90);
+  const refused = eve.events.filter(is("error"));
+  assert(refused.length > 5, `${refused.length} were refused`);
+  for (const { error, id } of refused) assertMatch(`${error} ${id}`, /^too many frames: try again in .* undefined$/);
+});
+
   const { setTimeout } = globalThis, { port } = chat.addr;
   using _endless = patch(
     globalThis,
