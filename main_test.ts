@@ -3479,7 +3479,13 @@ pageTest("links http and https addresses and nothing else", async ({ run, guest,
   const links = await run(({ log }) =>
     [...log.querySelectorAll("a")].map((a) => [a.textContent, a.target, a.rel, a.protocol.replace("s:", ":")])
   );
-  const shown = ["https://a.example/x_(y)", "http://b.example/?q=1", "HTTPS://C.example", "https://a.example/"];
+  const shown = [
+    "https://a.example/x_(y)",
+    "http://b.example/?q=1",
+    "HTTPS://C.example",
+    "https://a.example/",
+    "https://a.example",
+  ];
   assertEquals(links, shown.map((text) => [text, "_blank", "noopener noreferrer", "http:"]));
 });
 
@@ -3618,8 +3624,8 @@ pageTest("shows of a link where it leads", async ({ run, guest, enter, until }) 
   const reversed = (text: string) => [...text].reverse().join("");
   await eve.say(
     `\u202ehttps://evil.example/${reversed("https://www.bank.example/")}`,
-    "https://www.bank.example@evil.example/ https:///bank.example@evil.example/ https://\\/bank.example@evil.example/ https://\u0430.example/ https://bank.example\u2215.evil.example/",
-    "https://a.example/@b\u00e9",
+    "https://www.bank.example@evil.example/ https:///bank.example@evil.example/ https://\\/bank.example@evil.example/ https://\u0430.example/ https://bank.example\u2215.evil.example/ https://\u017fchool.example/",
+    "HTTPS://A.example:443/@b\u00e9",
   );
   await until(({ texts }) => texts.length === 3);
   const links = await run(({ all }) =>
